@@ -26,7 +26,7 @@ def by_transformers(folder: Path, rows: list[list[int]]) -> dict[str, Any]:
     """As transformers loads it; where it makes no quantized linears of it, as it dequantizes while it loads."""
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-    settings = _settings(folder)
+    settings = settings_of(folder)
     if settings is not None and settings["quant_method"] != "compressed-tensors":
         return {
             "not run": f"transformers reads {settings['quant_method']} with packages that pin another torch, or on GPUs"
@@ -36,7 +36,7 @@ def by_transformers(folder: Path, rows: list[list[int]]) -> dict[str, Any]:
     for way, more in (("quantized linears", {}), ("dequantized", dequantized)):
         try:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **more).eval()
-            return found | {"perplexity": _of(model, rows), "way": way}
+            return found | {"perplexity": perplexity_of(model, rows), "way": way}
         except ERRORS as error:
             found[f"not as {way}"] = f"{type(error).__name__}: {error}"[:300]
     return found
@@ -48,11 +48,11 @@ def by_library(folder: Path, source: Path, rows: list[list[int]]) -> dict[str, A
     from compressed_tensors.quantization import QuantizationConfig
     from transformers import AutoModelForCausalLM
 
-    settings = _settings(folder)
+    settings = settings_of(folder)
     if settings is None or settings["quant_method"] != "compressed-tensors":
         return {"not run": "the library reads its own layout alone"}
     schemes: Any = QuantizationConfig.model_validate(copy.deepcopy(settings))
-    held = _tensors(folder)
+    held = tensors_of(folder)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     try:
         for name, module in model.named_modules():
@@ -69,14 +69,14 @@ def by_library(folder: Path, source: Path, rows: list[list[int]]) -> dict[str, A
     except ERRORS as error:
         return {"error": f"{type(error).__name__}: {error}"[:300]}
     left = [name for name in held if not name.endswith(("k_scale", "v_scale"))]
-    return {"error": f"no place for {left[0]}"} if left else {"perplexity": _of(model, rows)}
+    return {"error": f"no place for {left[0]}"} if left else {"perplexity": perplexity_of(model, rows)}
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """Rows of docs/quantize.md: the folder, and its perplexity by optc, vLLM, transformers and the library."""
-    rows = ["| folder | optc | vLLM 0.24 | transformers | compressed-tensors |", "|---|---|---|---|---|"]
+    """Rows of docs/quantize.md: the folder, and its perplexity by optc, vLLM, transformers, the library and ModelOpt."""
+    rows = ["| folder | optc | vLLM 0.24 | transformers | compressed-tensors | ModelOpt |", "|---|---|---|---|---|---|"]
     for name, figures in found.items():
-        cells = [_cell(figures.get(kind)) for kind in ("here", "vllm", "transformers", "library")]
+        cells = [_cell(figures.get(kind)) for kind in ("here", "vllm", "transformers", "library", "modelopt")]
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -105,12 +105,14 @@ def _take(module: nn.Module, parts: dict[str, Tensor]) -> None:
                 held.copy_(tensor)
 
 
-def _settings(folder: Path) -> dict[str, Any] | None:
+def settings_of(folder: Path) -> dict[str, Any] | None:
+    """What a folder says of its quantization."""
     found: dict[str, Any] | None = json.loads((folder / "config.json").read_text()).get("quantization_config")
     return found
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, by name."""
     out: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -118,7 +120,8 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     return out
 
 
-def _of(model: Any, rows: list[list[int]]) -> float:
+def perplexity_of(model: Any, rows: list[list[int]]) -> float:
+    """Of a model of transformers over windows of tokens."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logits = [model(torch.tensor([row[:-1]])).logits[0].float().numpy() for row in rows]

@@ -4,12 +4,13 @@
     python benchmarks/vllm_folders.py --vllm SITE --only fp8 gptq-4     # some of them
     python benchmarks/vllm_folders.py --work W --parts make here        # what needs no GPU; later, with W brought to one:
     python benchmarks/vllm_folders.py --work W --parts vllm --vllm SITE
-    python benchmarks/vllm_folders.py --parts make transformers library --add     # other loaders on a CPU, beside the rows kept
+    python benchmarks/vllm_folders.py --parts make here transformers library modelopt --add     # other loaders, on a CPU
 
 fiction-26m, quantized by the command (`--calibration`), and a mixture of experts made of it; windows of a text that was
 not calibrated on. "Here" is what `optc eval` computes of the folder: its own tensors, read by optc, in the type that it
-was written in; transformers and compressed-tensors' library compute in float32 (`folder_peers.py`). vLLM runs in bf16
-without captured graphs, and several of them at a time. SITE is a folder that holds vLLM.
+was written in; transformers, compressed-tensors' library and ModelOpt compute in float32 (`folder_peers.py`,
+`folder_modelopt.py`). vLLM runs in bf16 without captured graphs, and several of them at a time. SITE is a folder that
+holds vLLM. A row says which commit each side was run at.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, ROOT, record
+from common import RESULTS, ROOT, commit, record
+from folder_modelopt import by_modelopt
 from folder_peers import by_library, by_transformers, table
 from quant_engines import perplexity
 from safetensors.torch import load_file, save_file
@@ -74,7 +76,9 @@ LAYERS, EXPERTS = 2, 4
 MAKING = Lock()
 OPTIONS: dict[str, dict[str, Any]] = {"fp8 kv-fp8": {"kv_cache_dtype": "fp8"}}
 """Of vLLM, beside those of `ENGINE`: it stores keys and values in FP8 only when told to."""
-PARTS = ["make", "vllm", "here", "transformers", "library"]
+PARTS = ["make", "vllm", "here", "transformers", "library", "modelopt"]
+SIDES = {"commit": {"vllm"}, "cpu_commit": set(PARTS) - {"make", "vllm"}}
+"""What a row calls the commit of the parts that ran: those on a GPU, and those on a CPU."""
 WINDOW = 512
 ENGINE = {"enforce_eager": True, "dtype": "bfloat16", "kv_cache_memory_bytes": 1 << 30, "max_model_len": 2 * WINDOW}
 """Of vLLM. It is told what its cache may take: measured beside engines that come and go, there would be none left."""
@@ -214,6 +218,9 @@ def main() -> None:
                 if "library" in given.parts and "refused" not in figures and name != "source":
                     source = upcycled(place) if name.startswith("moe") else SOURCE
                     figures["library"] = by_library(folder_of(name, place), source, rows)
+                if "modelopt" in given.parts and "refused" not in figures:
+                    figures["modelopt"] = by_modelopt(folder_of(name, place), rows)
+                figures |= {side: commit() for side, parts in SIDES.items() if not parts.isdisjoint(given.parts)}
                 print(name, json.dumps(figures), flush=True)
                 kept.write_text(json.dumps(found))
     print(table(found))
