@@ -35,6 +35,7 @@ from optc.training.parallel import ParallelConfig
 from optc.training.precision import autocast
 from optc.training.qat import apply_qat
 from optc.training.saved_tensors import LiveTensors
+from optc.training.untrained import check_experts
 
 _STATES = {"adamw": 2, "lion": 1, "sophia": 2}
 """Tensors of a weight's size that the optimizer keeps per weight: one or two moments, Sophia's Hessian."""
@@ -137,7 +138,9 @@ def predict(config: TrainConfig, world_size: int = 1) -> MemoryPlan:
 @lru_cache(maxsize=16)
 def _dry_run(config: TrainConfig, rows: int) -> _DryRun:
     with FakeTensorMode():
-        model = apply_qat(apply_lora(_fake_model(Path(config.model)), config.lora), config.qat)
+        model = _fake_model(Path(config.model))
+        check_experts(model, config)
+        model = apply_qat(apply_lora(model, config.lora), config.qat)
         model, _ = apply_fp8(model, config.fp8, torch.device("cpu"))
         model = apply_activation_checkpointing(model, config.checkpointing)
         trained = [item for item in model.parameters() if item.requires_grad]

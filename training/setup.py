@@ -43,7 +43,7 @@ from optc.training.pairs import PairReader, hold_out_pairs, read_answers
 from optc.training.parallel import apply_data_parallel, shard_optimizer
 from optc.training.precision import make_scaler
 from optc.training.qat import apply_qat
-from optc.training.untrained import left_experts, stray_tensors, strays_note
+from optc.training.untrained import check_experts, left_experts, stray_tensors, strays_note
 from optc.training.world import World
 
 AnyReader = Reader | PairReader
@@ -224,6 +224,7 @@ def _writes_all(config: TrainConfig) -> bool:
 
 
 def _prepared(model: Any, config: TrainConfig) -> Any:
+    check_experts(model, config)
     return apply_qat(apply_lora(model, config.lora), config.qat)
 
 

@@ -21,9 +21,10 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from optc.compiler.capture import capture_pretrained
 from optc.compiler.diagnostics import GateError, InputError, ResourceError, UsageError
 from optc.training.loop import run_folder, train
+from optc.training.memory_plan import predict
 from optc.training.metrics import MetricsLog, StepRecord, read_log
 from optc.training.models import load_frozen, load_trainable
-from optc.training.untrained import left_experts
+from optc.training.untrained import check_experts, left_experts
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +126,32 @@ def test_experts_that_are_left_are_named(tmp_path: Path, settings: dict[str, Any
     )
     assert left_experts(make_model("llama"), made) == ()
     assert left_experts(make_model("mixtral"), small_config(tmp_path, tmp_path, tmp_path)) == ()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lora": {"enabled": True, "base": "nf4", "targets": ("q_proj", "gate_up_proj")}},
+        {"lora": {"enabled": True}},
+        {"qat": {"enabled": True}},
+    ],
+)
+def test_experts_that_the_config_leaves_are_not_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
+    check_experts(make_model("mixtral"), small_config(tmp_path, tmp_path, tmp_path, **settings))
+
+
+def test_qlora_that_does_not_reach_experts_is_refused_before_its_first_step(tmp_path: Path) -> None:
+    make_model("mixtral").save_pretrained(tmp_path / "model")
+    text = token_file(tmp_path / "text.jsonl")
+    config = small_config(tmp_path / "model", text, tmp_path / "out", lora={"enabled": True, "base": "nf4"})
+    with pytest.raises(UsageError, match=r"lora\.base=nf4 does not reach experts") as error:
+        train(config)
+    assert error.value.where == "model.layers.0.mlp.experts.gate_up_proj"
+    assert "196,608 of 238,400 weights" in str(error.value.why)  # two layers of [4, 256, 64] and [4, 64, 128]
+    with pytest.raises(UsageError, match=r"lora\.base=nf4 does not reach experts"):
+        predict(config)
+    assert not (tmp_path / "out").exists()
+    check_experts(make_model("llama"), config)
 
 
 @pytest.fixture

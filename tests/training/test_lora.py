@@ -209,6 +209,11 @@ def test_experts_with_adapters_are_trained_each() -> None:
     model = trained(LoraConfig(enabled=True, rank=4, targets=("gate_up_proj", "down_proj")), family="mixtral")
     before, after = make_model("mixtral").state_dict(), merged_state(model)
     assert left_experts(model, small_config(Path(), Path(), Path(), lora={"enabled": True})) == ()
+    on_nf4 = small_config(Path(), Path(), Path(), lora={"enabled": True, "base": "nf4"})
+    assert left_experts(model, on_nf4) == (
+        "experts have adapters on a base that is not in NF4: 196,608 weights in 4 tensors, "
+        "model.layers.0.mlp.experts.gate_up_proj the first",
+    )
     changed = {name for name, item in after.items() if not torch.equal(item, before[name])}
     assert changed == {name for name in before if name.endswith(("gate_up_proj", "down_proj"))}
     name = "model.layers.0.mlp.experts.down_proj"
