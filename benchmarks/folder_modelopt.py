@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from folder_peers import ERRORS, perplexity_of, settings_of, tensors_of
+from folder_peers import ERRORS, loaded, perplexity_of, settings_of, tensors_of
 from modelopt_peer import BACKEND, PackedFp4
 
 _E4M3, _E2M1 = 448.0, 6.0
@@ -23,18 +23,13 @@ def by_modelopt(folder: Path, rows: list[list[int]]) -> dict[str, Any]:
     """Perplexity, or what the libraries say."""
     import modelopt.torch.quantization as mtq
     from modelopt.torch.quantization.nn import register_quant_backend
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-    settings = settings_of(folder)
-    if settings is not None and settings["quant_method"] != "compressed-tensors":
-        return {"not run": f"ModelOpt takes what transformers loads, which has no {settings['quant_method']} on a CPU"}
     register_quant_backend(BACKEND, PackedFp4())
-    more: dict[str, Any] = {} if settings is None else {"quantization_config": CompressedTensorsConfig(dequantize=True)}
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **more).eval()
+        model = loaded(folder, dense=True)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            model = mtq.quantize(model, {"quant_cfg": _rules(settings or {}), "algorithm": None})
+            model = mtq.quantize(model, {"quant_cfg": _rules(settings_of(folder) or {}), "algorithm": None})
             _calibrated(model, folder)
             return {"perplexity": perplexity_of(model, rows)}
     except (*ERRORS, AssertionError) as error:
@@ -44,7 +39,11 @@ def by_modelopt(folder: Path, rows: list[list[int]]) -> dict[str, Any]:
 def _rules(settings: dict[str, Any]) -> list[dict[str, Any]]:
     """ModelOpt's rules, the later ones first: nothing but the inputs of the scheme's linears, and keys and values."""
     rules: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-    for group in settings.get("config_groups", {}).values():
+    groups = list(settings.get("config_groups", {}).values())
+    if size := settings.get("weight_block_size"):
+        inputs = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": size[-1]}
+        groups.append({"targets": ["Linear"], "input_activations": inputs})
+    for group in groups:
         if inputs := group.get("input_activations"):
             for target in group["targets"]:
                 name = "" if target == "Linear" else target

@@ -18,28 +18,35 @@ from quant_engines import perplexity
 from safetensors import safe_open
 from torch import Tensor, nn
 
-ERRORS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError)
+ERRORS = (ImportError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError)
 """What libraries raise over a folder that they do not take."""
 
 
 def by_transformers(folder: Path, rows: list[list[int]]) -> dict[str, Any]:
     """As transformers loads it; where it makes no quantized linears of it, as it dequantizes while it loads."""
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
-
-    settings = settings_of(folder)
-    if settings is not None and settings["quant_method"] != "compressed-tensors":
-        return {
-            "not run": f"transformers reads {settings['quant_method']} with packages that pin another torch, or on GPUs"
-        }
     found: dict[str, Any] = {}
-    dequantized = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
-    for way, more in (("quantized linears", {}), ("dequantized", dequantized)):
+    for way in ("quantized linears", "dequantized"):
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **more).eval()
+            model = loaded(folder, dense=way == "dequantized")
             return found | {"perplexity": perplexity_of(model, rows), "way": way}
         except ERRORS as error:
             found[f"not as {way}"] = f"{type(error).__name__}: {error}"[:300]
     return found
+
+
+def loaded(folder: Path, *, dense: bool) -> Any:
+    """A folder as transformers loads it, in float32.
+
+    Args:
+        dense: with its weights dequantized, where transformers does that.
+    """
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config
+
+    made = {"compressed-tensors": CompressedTensorsConfig, "fp8": FineGrainedFP8Config}
+    kind = made.get((settings_of(folder) or {}).get("quant_method", "")) if dense else None
+    more: dict[str, Any] = {} if kind is None else {"quantization_config": kind(dequantize=True)}
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **more).eval()
+    return model.float() if dense else model  # dequantized FP8 is bf16
 
 
 def by_library(folder: Path, source: Path, rows: list[list[int]]) -> dict[str, Any]:
