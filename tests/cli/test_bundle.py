@@ -234,9 +234,15 @@ std::unique_ptr<optc::Decoder> optc::open_decoder(const Setup& setup) {
 """
 
 
-def counting(place: Path, **needs: Any) -> Path:
-    """The program with an engine whose next token is the last one plus one, for a host with `needs`."""
-    sources = Path(str(resources.files("optc.exporters.bundle"))) / "program"
+SOURCES = Path(str(resources.files("optc.exporters.bundle"))) / "program"
+
+
+def _compile(place: Path, *arguments: object) -> None:
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{place}", f"-I{SOURCES}"]
+    subprocess.run([find_compiler(), *flags, *map(str, arguments)], check=True)
+
+
+def _header(place: Path, **needs: Any) -> None:
     manifest = make_manifest(**_decoder(needs=needs))
     facts = {"vocab_size": 100, "context_length": 20, "eos_token_ids": (12,)}
     contract = msgspec.structs.replace(
@@ -246,26 +252,31 @@ def counting(place: Path, **needs: Any) -> Path:
     if "machine" in needs:
         header = header.replace('kMachine = ""', f'kMachine = "{needs["machine"]}"')
     (place / "model.h").write_text(header)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The program but for the check of its host, over an engine whose next token is the last one plus one."""
+    place = tmp_path_factory.mktemp("counting")
+    _header(place)
     (place / "counting.cpp").write_text(_COUNTING)
+    files = {"main": SOURCES / "main.cpp", "counting": place / "counting.cpp"}
+    for name, file in files.items():
+        _compile(place, "-c", file, "-o", place / f"{name}.o")
+    return [place / f"{name}.o" for name in files]
+
+
+def counting(parts: list[Path], place: Path, **needs: Any) -> Path:
+    """The program for a host with `needs`."""
+    _header(place, **needs)
     (place / "model.onnx").touch()
-    files = [sources / "main.cpp", sources / "host.cpp", place / "counting.cpp"]
-    flags = [
-        "-std=c++17",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        f"-I{place}",
-        f"-I{sources}",
-        "-o",
-        place / "decode",
-    ]
-    subprocess.run([find_compiler(), *map(str, flags), *map(str, files)], check=True)
+    _compile(place, SOURCES / "host.cpp", *parts, "-o", place / "decode")
     return place / "decode"
 
 
-def test_where_decoding_ends(tmp_path: Path) -> None:
+def test_where_decoding_ends(parts: list[Path], tmp_path: Path) -> None:
     """After --max-new-tokens, after an end-of-text token unless told otherwise, and with the context."""
-    program = counting(tmp_path)
+    program = counting(parts, tmp_path)
 
     def run(*flags: str) -> str:
         found = subprocess.run([program, *flags], capture_output=True, text=True, check=True)
@@ -292,9 +303,11 @@ def test_where_decoding_ends(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_other_hosts_are_refused_by_the_program(tmp_path: Path, needs: dict[str, Any], message: str) -> None:
+def test_other_hosts_are_refused_by_the_program(
+    parts: list[Path], tmp_path: Path, needs: dict[str, Any], message: str
+) -> None:
     found = subprocess.run(
-        [counting(tmp_path, **needs), "--prompt-tokens", "5"], capture_output=True, text=True, check=False
+        [counting(parts, tmp_path, **needs), "--prompt-tokens", "5"], capture_output=True, text=True, check=False
     )
     assert (found.returncode, found.stdout) == (4, "")
     assert message in found.stderr

@@ -163,7 +163,7 @@ def test_the_code_of_the_readme_runs(
     """On a model of fewer layers, and with the first pages of the book."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").mkdir()
-    (tmp_path / "examples" / "fiction-3m").symlink_to(short_example())
+    (tmp_path / "examples" / "fiction-3m").symlink_to(short_example(1))
     (tmp_path / "examples" / "book.txt").write_text((ROOT / "examples" / "book.txt").read_text()[:8000])
     scope: dict[str, object] = {}
     exec(compile(CODE["README.md", 0], "README.md", "exec"), scope)

@@ -109,7 +109,7 @@ def place() -> Path:
 
     def make(folder: Path) -> None:
         (folder / "examples").mkdir()
-        (folder / "examples" / "fiction-3m").symlink_to(short_example())
+        (folder / "examples" / "fiction-3m").symlink_to(short_example(1))
         text = (ROOT / "examples" / "book.txt").read_text()[:8000]
         (folder / "book.txt").write_text(text)
         torch.manual_seed(0)
