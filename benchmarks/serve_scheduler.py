@@ -149,7 +149,7 @@ def simulate(trace: Trace, *, rows: int, num_blocks: int, budget: int, ahead: in
 
 
 def _running(scheduler: Scheduler) -> Any:
-    return np.array([at is not None for at in scheduler._at])
+    return np.array([scheduler.places.find(row) is not None for row in range(scheduler.rows.count)])
 
 
 def main() -> None:

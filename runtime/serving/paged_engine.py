@@ -186,7 +186,7 @@ class PagedEngine:
         known = rows.known[here]
         last = rows.history[here, known - 1].tolist()
         entries, answers = self._entries, []
-        for request, count, token in zip(self.scheduler.requests(here), known.tolist(), last, strict=True):
+        for request, count, token in zip(self.scheduler.places.requests(here), known.tolist(), last, strict=True):
             entry = entries[request.id]
             new = [token] if entry.told == count - 1 else rows.history[request.row, entry.told : count].tolist()
             if entry.plain:

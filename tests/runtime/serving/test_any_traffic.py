@@ -67,7 +67,7 @@ def test_any_traffic(
 
     def launching(plan: Plan) -> None:
         plans.append(plan)
-        for request in filter(None, engine.scheduler._at):
+        for request in engine.scheduler.places.all():
             found = engine.scheduler.manager.length(request.id)
             assert found <= engine.scheduler.rows.known[request.row], "others find these: the host has read them"
         launch(plan)
@@ -86,7 +86,7 @@ def test_any_traffic(
     assert engine.idle
     assert engine.metrics().used_blocks == 0
     assert engine.scheduler.manager.free_blocks == num_blocks
-    assert not engine.scheduler._late
+    assert not engine.scheduler.places.late
     assert max((plan.tokens for plan in plans), default=0) <= limit
     assert not any(plan.pieces for plan in plans if plan.steps > 1)
     for _, item, cancelled in coming:

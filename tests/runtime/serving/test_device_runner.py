@@ -155,7 +155,7 @@ def test_rows_move_down_when_few_are_left() -> None:
         expected = generate(session(), [prompts[7]], max_new_tokens=40, sampling=sampling).tokens[0]
         assert got["7"].tokens == expected
         assert {batch for batch, _, _ in served._runner._steps} == batches  # type: ignore[attr-defined]
-        assert not served.scheduler._late
+        assert not served.scheduler.places.late
 
 
 def test_a_warm_up_records_what_comes_first() -> None:

@@ -143,7 +143,7 @@ def test_tokens_of_several_steps_come_to_one_that_gave_way() -> None:
     target = Scheduler(BlockManager(6, 4), Rows(2, 64, 4), token_budget=20, ahead=1)
     add(target, "a", 8, 12)
     add(target, "b", 7, 12)
-    target._requests["b"].stops = [9]
+    target.progress.requests["b"].stops = [9]
     prompts, steps = target.plan(4), target.plan(4)
     assert prompts is not None
     assert steps is not None
@@ -154,7 +154,7 @@ def test_tokens_of_several_steps_come_to_one_that_gave_way() -> None:
     assert (further.steps, len(further.rows), target.counts.preemptions) == (4, 1, 1)
     ended = target.collect(steps, Chosen(np.array([[3, 4, 5], [6, 9, 7]]), np.full(2, 3)))
     assert [(item.request.id, item.tokens[7:], item.finish) for item in ended] == [("b", [2, 6, 9], "stop")]
-    assert not target._late
+    assert not target.places.late
 
 
 def test_a_row_is_another_requests_while_its_last_token_is_chosen() -> None:
@@ -180,7 +180,7 @@ def test_a_row_is_another_requests_while_its_last_token_is_chosen() -> None:
     assert (cancelled.tokens[5:], target.waiting) == ([3], 0)
     add(target, "b", 5, 2)
     assert target.collect(of_b, Chosen.one_each(np.array([4]))) == [], "it is not the new request of this name"
-    assert not target._late
+    assert not target.places.late
 
 
 def test_no_flood_of_better_ones_starves_a_request() -> None:
