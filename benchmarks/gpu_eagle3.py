@@ -43,7 +43,7 @@ from optc.runtime.serving.round_drafting import RoundDrafting
 from optc.runtime.serving.round_runner import RoundRunner
 from optc.runtime.sessions.cuda import CudaSession
 from optc.runtime.sessions.cuda_memory import MemoryPlan
-from optc.runtime.sessions.load import open_session
+from optc.runtime.sessions.opening import open_session
 from optc.runtime.speculative.device_drafter import Eagle3OnDevice
 from optc.runtime.speculative.opening import Verifying, eagle3_on_device, open_drafter
 from optc.runtime.speculative.settings import Speculation

@@ -35,7 +35,7 @@ from optc.runtime.serving.engine_options import EngineOptions
 from optc.runtime.serving.paged_engine import PagedEngine
 from optc.runtime.sessions.cuda import CudaSession
 from optc.runtime.sessions.cuda_memory import MemoryPlan
-from optc.runtime.sessions.load import open_session
+from optc.runtime.sessions.opening import open_session
 
 
 def opened(folder: Path, small: bool) -> CudaSession:

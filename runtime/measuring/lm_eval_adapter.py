@@ -20,8 +20,8 @@ from optc.compiler.diagnostics import GateError, InputError, UsageError
 from optc.runtime.generation.sampling import chooser
 from optc.runtime.generation.tokenizer import Tokenizer
 from optc.runtime.sampling import Sampling
-from optc.runtime.sessions.load import Model
 from optc.runtime.sessions.session import Logits
+from optc.runtime.sessions.text_model import Model
 
 DEFAULT_NEW_TOKENS = 256
 _PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")

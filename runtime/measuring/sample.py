@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from optc.runtime.measuring.reference import SourceModel
-from optc.runtime.sessions.load import TextModel
+from optc.runtime.sessions.text_model import TextModel
 
 PROMPT_TOKENS = 32
 NEW_TOKENS = 64

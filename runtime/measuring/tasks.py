@@ -13,7 +13,7 @@ from typing import Any
 from optc.compiler.diagnostics import InputError, TargetError, UsageError, described, foreign_errors
 from optc.compiler.settings.fields import check_range
 from optc.runtime.bounds import Count, CountOrZero
-from optc.runtime.sessions.load import Model
+from optc.runtime.sessions.text_model import Model
 
 
 def run_tasks(

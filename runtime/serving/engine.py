@@ -22,9 +22,10 @@ from optc.runtime.serving.rows import Rows
 from optc.runtime.serving.sampler import SamplerOf
 from optc.runtime.serving.session_engine import SessionEngine
 from optc.runtime.sessions.cuda import CudaSession
-from optc.runtime.sessions.load import Model, open_session
+from optc.runtime.sessions.opening import open_session
 from optc.runtime.sessions.paged import PagedModel, PagedSession
 from optc.runtime.sessions.session import Session
+from optc.runtime.sessions.text_model import Model
 from optc.runtime.speculative.device_drafter import DeviceDrafter
 from optc.runtime.speculative.drafter import Drafter, ReadingDrafter
 from optc.runtime.speculative.opening import Verifying, open_drafter

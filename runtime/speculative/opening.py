@@ -17,7 +17,7 @@ from optc.compiler.ir.contract import Contract, DraftFacts
 from optc.compiler.model_folder.eagle3 import is_eagle3
 from optc.runtime.sessions.cuda import CudaSession
 from optc.runtime.sessions.draft_graphs import draft_graphs
-from optc.runtime.sessions.load import open_session
+from optc.runtime.sessions.opening import open_session
 from optc.runtime.sessions.paged import PagedModel, PagedSession
 from optc.runtime.speculative.device_drafter import ROLE, DeviceDrafter, Eagle3OnDevice, MedusaOnDevice
 from optc.runtime.speculative.draft_model import DraftModel

@@ -22,7 +22,7 @@ from optc.resolving import resolve
 from optc.runtime.generation.tokenizer import Tokenizer, eos_token_ids, load_tokenizer
 from optc.runtime.sessions.cuda import CudaSession, check_gpu
 from optc.runtime.sessions.cuda_memory import plan_for
-from optc.runtime.sessions.load import TextModel
+from optc.runtime.sessions.text_model import TextModel
 
 TARGET = "inductor-cuda"
 

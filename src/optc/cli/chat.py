@@ -33,7 +33,8 @@ def talk(
     Raises:
         TargetError: the model has no chat template, or no tokenizer.
     """
-    from optc.runtime.sessions.load import EncoderDecoderModel, load
+    from optc.runtime.sessions.encoder_decoder_model import EncoderDecoderModel
+    from optc.runtime.sessions.load import load
 
     model = load(artifact, threads=threads, num_blocks=num_blocks, trust=trust)
     if isinstance(model, EncoderDecoderModel):

@@ -25,7 +25,7 @@ from optc.progress import part, progress
 from optc.runtime.bounds import Count, CountOrZero
 
 if TYPE_CHECKING:
-    from optc.runtime.sessions.load import Model
+    from optc.runtime.sessions.text_model import Model
 
 
 class EvalOptions(SessionOptions, frozen=True, kw_only=True):

@@ -29,7 +29,7 @@ from optc.runtime.bounds import Beams, Count, LengthPenalty
 
 if TYPE_CHECKING:
     from optc.runtime.serving.paged_engine import PagedEngine
-    from optc.runtime.sessions.load import Model
+    from optc.runtime.sessions.text_model import Model
 
 
 _OF_A_SESSION = tuple(field.name for field in msgspec.structs.fields(SessionOptions))
@@ -187,7 +187,7 @@ def _answers(model: Model, ids: tuple[int, ...]) -> AbstractContextManager[None]
     Raises:
         UsageError: the model has none.
     """
-    from optc.runtime.sessions.load import EncoderDecoderModel
+    from optc.runtime.sessions.encoder_decoder_model import EncoderDecoderModel
 
     if not ids:
         return nullcontext()
@@ -204,7 +204,7 @@ def _searched(model: Model, prompts: list[Any], options: RunOptions, shared: dic
     Raises:
         UsageError: the model has no encoder, or a flag of sampling was given.
     """
-    from optc.runtime.sessions.load import EncoderDecoderModel
+    from optc.runtime.sessions.encoder_decoder_model import EncoderDecoderModel
 
     if not isinstance(model, EncoderDecoderModel):
         raise UsageError("--beams has no effect on a model without an encoder", remedy="leave it out")

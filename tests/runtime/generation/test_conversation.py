@@ -12,7 +12,8 @@ from optc.compiler.diagnostics import InputError
 from optc.runtime.generation.chat_template import ChatTemplate
 from optc.runtime.generation.conversation import Conversation, StoppedError
 from optc.runtime.sampling import Sampling
-from optc.runtime.sessions.load import Model, load
+from optc.runtime.sessions.load import load
+from optc.runtime.sessions.text_model import Model
 
 
 @pytest.fixture(scope="module")

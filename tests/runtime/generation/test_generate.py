@@ -16,9 +16,9 @@ from optc.compiler.rewriting.passes import PassContext
 from optc.passes.kv_cache.paged import PageKVCache
 from optc.runtime.generation.generate import generate
 from optc.runtime.sampling import Sampling
-from optc.runtime.sessions.load import TextModel
 from optc.runtime.sessions.program import open_program
 from optc.runtime.sessions.session import Session
+from optc.runtime.sessions.text_model import TextModel
 
 PROMPTS = [[5, 9, 2, 77, 31], [8, 8], list(range(3, 42)), [100, 4, 100]]
 

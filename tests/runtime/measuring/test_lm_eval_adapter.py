@@ -25,8 +25,8 @@ from optc.runtime.measuring import lm_eval_adapter
 from optc.runtime.measuring.lm_eval_adapter import ArtifactLM
 from optc.runtime.measuring.tasks import run_tasks
 from optc.runtime.sampling import Sampling
-from optc.runtime.sessions.load import Model
 from optc.runtime.sessions.program import open_program
+from optc.runtime.sessions.text_model import Model
 
 PAIRS = [
     ("The old man looked at the sea, and", " said nothing"),

@@ -17,7 +17,8 @@ from once import short_artifact, short_example
 from transformers import AutoModelForCausalLM
 
 from optc.compiler.diagnostics import InputError
-from optc.runtime.sessions.load import Model, load
+from optc.runtime.sessions.load import load
+from optc.runtime.sessions.text_model import Model
 
 ENGINES = {
     "onnx": {"target": "onnx-cpu"},
