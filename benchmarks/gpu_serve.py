@@ -28,6 +28,7 @@ from common import LLAMA_8B, OPEN_GATE, RESULTS, llama_sizes, record
 import optc
 from optc.compiler.kernels.cuda.linear.configurations import tables
 from optc.runtime.sampling import Sampling
+from optc.runtime.serving.answers import Answers
 from optc.runtime.serving.device_runner import DeviceRunner
 from optc.runtime.serving.engine_options import EngineOptions
 from optc.runtime.serving.paged_engine import PagedEngine
@@ -123,22 +124,24 @@ def serve(engine: PagedEngine, work: list[tuple[list[int], int]], sampling: Samp
     runner = engine._runner
     assert isinstance(runner, DeviceRunner)
     launched, captured = runner.launched, runner.captured
-    first: dict[str, float] = {}
-    last: dict[str, float] = {}
-    counts: dict[str, int] = {}
+    given: list[tuple[float, Answers]] = []
     waited = runner.model_s
     begin = time.perf_counter()
     for index, (prompt, count) in enumerate(work):
         engine.submit(Generate(id=str(index), prompt=prompt, max_new_tokens=count, sampling=sampling))
     while not engine.idle:
         answers = engine.step()
-        now = time.perf_counter()
+        given.append((time.perf_counter(), answers))
+    seconds = time.perf_counter() - begin
+    first: dict[str, float] = {}
+    last: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for now, answers in given:
         for answer in answers:
             if answer.tokens:
                 first.setdefault(answer.id, now)
                 last[answer.id] = now
                 counts[answer.id] = counts.get(answer.id, 0) + len(answer.tokens)
-    seconds = time.perf_counter() - begin
     assert sum(counts.values()) == sum(count for _, count in work)
     ttft = [(at - begin) * 1e3 for at in first.values()]
     tpot = [(last[name] - first[name]) * 1e3 / (counts[name] - 1) for name in counts if counts[name] > 1]

@@ -26,7 +26,8 @@ import optc
 from optc.runtime.measuring.benchmark import median_rate
 from optc.runtime.serving.engine import open_engine
 from optc.runtime.serving.engine_options import EngineOptions
-from optc.runtime.serving.request import Engine, Generate
+from optc.runtime.serving.interface import Engine
+from optc.runtime.serving.request import Generate
 
 PROMPT, STEPS, REQUESTS = 64, 64, 32
 QUANT: dict[str, Any] = {"quant": "rtn", "bits": 4, "group_size": 128, "pass_option": "quantize-rtn.head=true"}

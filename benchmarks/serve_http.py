@@ -18,19 +18,21 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import psutil
 from common import ROOT, record
 
 from optc.compiler.artifact.folder import read_manifest
 from optc.runtime.measuring.load.run import Slo, closed_loop, figures
 from optc.runtime.measuring.load.workload import Workload
+from optc.runtime.serving.answers import Answers
 from optc.runtime.serving.engine_process import open_artifact
-from optc.runtime.serving.request import Answer, Engine, EngineInfo, EngineMetrics, Generate
+from optc.runtime.serving.interface import Engine
+from optc.runtime.serving.request import Answer, EngineInfo, EngineMetrics, Generate
 from optc.runtime.serving.settings import ServeOptions
 from optc.runtime.sessions.session import default_threads
 
@@ -53,13 +55,12 @@ class Instant:
     def cancel(self, identity: str) -> None:
         self._left.pop(identity, None)
 
-    def step(self) -> Sequence[Answer]:
-        answers = []
-        for identity, left in self._left.items():
-            answers.append(Answer(id=identity, tokens=[300], finish=None if left > 1 else "length"))
-        self._left = {identity: left - 1 for identity, left in self._left.items() if left > 1}
+    def step(self) -> Answers:
+        ended = [Answer(id=name, tokens=[300], finish="length") for name, left in self._left.items() if left == 1]
+        self._left = {name: left - 1 for name, left in self._left.items() if left > 1}
         time.sleep(0.002)  # a step of a fast engine: without it, tokens come in heaps that are one event
-        return answers
+        count = len(self._left)
+        return Answers(list(self._left), np.full(count, 300, np.int32), np.ones(count, np.int64), ended)
 
     @property
     def idle(self) -> bool:

@@ -39,7 +39,8 @@ from optc.runtime.measuring.benchmark import environment
 from optc.runtime.measuring.speculation import cut_prompts, measure_speculation
 from optc.runtime.serving.engine import drafter_for, engine_for
 from optc.runtime.serving.engine_options import EngineOptions
-from optc.runtime.serving.request import Engine, Generate
+from optc.runtime.serving.interface import Engine
+from optc.runtime.serving.request import Generate
 from optc.runtime.sessions.load import load
 from optc.runtime.sessions.paged import PagedSession
 from optc.runtime.speculative.settings import Method, Speculation, speculation_of

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from optc.runtime.serving.request import Answer, Engine, Generate
+from optc.runtime.serving.interface import Engine
+from optc.runtime.serving.request import Answer, Generate
 
 
 @dataclass

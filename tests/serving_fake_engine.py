@@ -15,6 +15,7 @@ from pathlib import Path
 
 from optc.compiler.artifact.folder import read_manifest
 from optc.compiler.diagnostics import BusyError, InputError, ResourceError
+from optc.runtime.serving.answers import Answers
 from optc.runtime.serving.request import Answer, EngineInfo, EngineMetrics, Generate, TokenLogprobs
 from optc.runtime.serving.settings import ServeOptions
 
@@ -33,7 +34,7 @@ def next_token(prompt: Sequence[int], index: int) -> int:
 
 
 class FakeEngine:
-    """See `request.Engine`."""
+    """See `interface.Engine`."""
 
     def __init__(self, options: ServeOptions, vocab_size: int, context: int) -> None:
         self._seconds = float(os.environ.get("OPTC_FAKE_STEP", "0"))
@@ -76,7 +77,7 @@ class FakeEngine:
         assert answer.finish is not None
         self._finished[answer.finish] = self._finished.get(answer.finish, 0) + 1
 
-    def step(self) -> Sequence[Answer]:
+    def step(self) -> Answers:
         time.sleep(self._seconds)
         self._admit()
         answers = []
@@ -93,7 +94,7 @@ class FakeEngine:
             answers.append(self._advance(request, count))
         self._steps += 1
         ended, self._ended = self._ended, []
-        return answers + ended
+        return Answers.of(answers + ended)
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self.info.max_running:

@@ -64,7 +64,7 @@ class _Held(NamedTuple):
 
 @dataclass
 class _Request:
-    tokens: list[int] = field(default_factory=list)
+    tokens: array[int] = field(default_factory=lambda: array("q"))
     blocks: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)  # of the full blocks that are computed or found
 
@@ -165,7 +165,7 @@ class BlockManager:
         for request, tokens in work:
             state = self._requests[request]
             self._lengthen(state, self._missing_blocks(request, len(tokens)))
-            state.tokens += tokens
+            state.tokens.extend(tokens)
             self._waste -= len(tokens)
         self._note_peaks()
         return self._tensors(work)
@@ -186,7 +186,7 @@ class BlockManager:
     def append(self, request: Hashable, tokens: Sequence[int]) -> None:
         """Note tokens that the caller laid out itself, in room that was reserved."""
         assert not self._missing_blocks(request, len(tokens)), "no room was reserved"
-        self._requests[request].tokens += tokens
+        self._requests[request].tokens.extend(tokens)
         self._waste -= len(tokens)
 
     def blocks(self, request: Hashable) -> Sequence[int]:
@@ -197,7 +197,7 @@ class BlockManager:
         """The pool holds every token that was laid out: full blocks may now be shared."""
         state, size = self._requests[request], self.block_size
         for index in range(len(state.digests), len(state.tokens) // size):
-            content = array("q", state.tokens[index * size : (index + 1) * size])
+            content = state.tokens[index * size : (index + 1) * size]
             parent = state.digests[-1] if state.digests else b""
             digest = _chain(parent, content)
             state.digests.append(digest)

@@ -24,7 +24,8 @@ from optc.runtime.measuring.benchmark import Rate, median_rate
 from optc.runtime.sampling import Sampling
 from optc.runtime.serving.engine import engine_for
 from optc.runtime.serving.engine_options import EngineOptions
-from optc.runtime.serving.request import Engine, Generate
+from optc.runtime.serving.interface import Engine
+from optc.runtime.serving.request import Generate
 from optc.runtime.sessions.paged import PagedSession
 from optc.runtime.speculative.device_drafter import DeviceDrafter
 from optc.runtime.speculative.drafter import Drafter

@@ -9,6 +9,8 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from optc.runtime.serving.request import (
     Answer,
     Cancel,
@@ -19,7 +21,7 @@ from optc.runtime.serving.request import (
     Generate,
     TokenLogprobs,
 )
-from optc.runtime.serving.wire import Answers, Frames, FromEngine, Measured, Opened, Refused, decode_from_engine, frame
+from optc.runtime.serving.wire import Frames, FromEngine, Given, Measured, Opened, Refused, decode_from_engine, frame
 
 _READ = 1 << 18
 
@@ -36,7 +38,7 @@ class EngineRefusedError(Exception):
     """The engine does not take the request, for what it says."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Pending:
     """What one request got and nobody has read yet; answers are merged, so a slow reader costs no more than its tokens."""
 
@@ -69,8 +71,20 @@ class Channel:
 
     def push(self, answer: Answer) -> None:
         """Called by the client as answers come."""
-        self._pending.setdefault(self._indices[answer.id], Pending()).add(answer)
+        self._pending_of(answer.id).add(answer)
         self._news.set()
+
+    def push_tokens(self, identity: str, tokens: list[int]) -> None:
+        """Called by the client as tokens come, and nothing else, for a request that goes on."""
+        self._pending_of(identity).tokens += tokens
+        self._news.set()
+
+    def _pending_of(self, identity: str) -> Pending:
+        index = self._indices[identity]
+        found = self._pending.get(index)
+        if found is None:
+            found = self._pending[index] = Pending()
+        return found
 
     def fail(self, error: Exception) -> None:
         """Let `next` raise this; the first one counts."""
@@ -154,13 +168,8 @@ class EngineClient:
 
     def _receive(self, message: FromEngine) -> None:
         match message:
-            case Answers(items):
-                for answer in items:
-                    channel = self._channels.get(answer.id)
-                    if channel is not None:
-                        channel.push(answer)
-                        if answer.finish is not None:
-                            del self._channels[answer.id]
+            case Given():
+                self._pass_on(message)
             case Refused(id=identity, why=why, message=text):
                 channel = self._channels.pop(identity, None)
                 if channel is not None:
@@ -172,6 +181,21 @@ class EngineClient:
                 self.metrics = metrics
             case _:
                 raise AssertionError("an answer to what was not asked")
+
+    def _pass_on(self, given: Given) -> None:
+        """What a step gave, to whoever waits for it."""
+        tokens, end = np.frombuffer(given.tokens, np.int32).tolist(), 0
+        for name, count in zip(given.ids, np.frombuffer(given.counts, np.int32).tolist(), strict=True):
+            end += count
+            channel = self._channels.get(name)
+            if channel is not None:
+                channel.push_tokens(name, tokens[end - count : end])
+        for answer in given.others:
+            channel = self._channels.get(answer.id)
+            if channel is not None:
+                channel.push(answer)
+                if answer.finish is not None:
+                    del self._channels[answer.id]
 
     def submit(self, requests: Sequence[Generate | Embed]) -> Channel:
         """Send requests; the channel gives their answers.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from optc.compiler.diagnostics import BusyError, InputError, TargetError, UsageError
+from optc.runtime.serving.answers import Answers
 from optc.runtime.serving.engine_options import EngineOptions
 from optc.runtime.serving.host_time import HostTime
 from optc.runtime.serving.plan import Counts
@@ -80,13 +80,13 @@ class EmbeddingEngine:
             self._turn.remove(job)
             self._ended.append(self._answer(job, "cancelled"))
 
-    def step(self) -> Sequence[Answer]:
+    def step(self) -> Answers:
         """See `Runs`."""
         answers, self._ended = self._ended, []
         begin = time.perf_counter()
         taken = self._take()
         if not taken:
-            return answers
+            return Answers.of(answers)
         at = time.perf_counter()
         found = self._model.embed_batch([row for _, row in taken])
         computed = time.perf_counter() - at
@@ -103,7 +103,7 @@ class EmbeddingEngine:
             answers.append(self._answer(job, "error" if identity in bad else done))
         self._counts.steps += 1
         self._host.note(time.perf_counter() - begin - computed)
-        return answers
+        return Answers.of(answers)
 
     def _take(self) -> list[tuple[_Job, list[int]]]:
         """The rows of the next step."""

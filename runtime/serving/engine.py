@@ -14,9 +14,9 @@ from optc.runtime.serving.device_runner import DeviceRunner
 from optc.runtime.serving.engine_options import EngineOptions
 from optc.runtime.serving.generating import generate_through
 from optc.runtime.serving.grammar import Grammars
+from optc.runtime.serving.interface import Engine
 from optc.runtime.serving.model_runner import HostRunner, ModelRunner
 from optc.runtime.serving.paged_engine import PagedEngine
-from optc.runtime.serving.request import Engine
 from optc.runtime.serving.round_runner import RoundRunner
 from optc.runtime.serving.rows import Rows
 from optc.runtime.serving.sampler import SamplerOf

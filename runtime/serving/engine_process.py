@@ -9,20 +9,23 @@ import socket
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from optc.compiler.diagnostics import BusyError, InputError, UsageError
+from optc.runtime.serving.answers import Answers
 from optc.runtime.serving.child import Child, Ready, run_child
-from optc.runtime.serving.request import Answer, Cancel, Embed, Generate, Runs, Task
+from optc.runtime.serving.interface import Runs
+from optc.runtime.serving.request import Answer, Cancel, Embed, Generate, Task
 from optc.runtime.serving.settings import ServeOptions, ServerConfig
 from optc.runtime.serving.wire import (
-    Answers,
     Frames,
     FromEngine,
+    Given,
     Measured,
     Opened,
     Ping,
@@ -167,18 +170,25 @@ class EngineServer:
             self._engine.cancel(identity)
             del self._owners[identity]
 
-    def _give(self, answers: Sequence[Answer]) -> None:
-        by_client: defaultdict[Client, list[Answer]] = defaultdict(list)
-        for answer in answers:
+    def _give(self, answers: Answers) -> None:
+        """Each client its requests' part; what is of nobody's is dropped."""
+        places: defaultdict[Client, list[int]] = defaultdict(list)
+        for place, client in enumerate(map(self._owners.get, answers.ids)):
+            if client is not None:
+                places[client].append(place)
+        others: defaultdict[Client, list[Answer]] = defaultdict(list)
+        for answer in answers.others:
             client = self._owners.get(answer.id)
             if client is None:
                 continue
-            by_client[client].append(answer)
+            others[client].append(answer)
             if answer.finish is not None:
                 del self._owners[answer.id]
                 client.requests.discard(answer.id)
-        for client, items in by_client.items():
-            self._send(client, Answers(items))
+        for client in places.keys() | others.keys():
+            own = answers.only(places[client], others[client])
+            counts = own.counts.astype(np.int32).tobytes()
+            self._send(client, Given(own.ids, own.tokens.tobytes(), counts, own.others))
 
     def _measure(self) -> None:
         now = time.monotonic()

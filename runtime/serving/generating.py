@@ -12,7 +12,8 @@ from optc.compiler.settings.fields import check_range
 from optc.runtime.bounds import Count
 from optc.runtime.generation.generate import GenerationResult, OnToken, StopReason
 from optc.runtime.sampling import Sampling
-from optc.runtime.serving.request import Answer, Engine, Finish, Generate
+from optc.runtime.serving.interface import Engine
+from optc.runtime.serving.request import Answer, Finish, Generate
 from optc.runtime.serving.seeds import choice_seed
 
 _STOPS: dict[Finish, StopReason] = {"stop": "stop-token", "length": "length", "context": "context"}

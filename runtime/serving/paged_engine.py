@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
 
 from optc.compiler.execution.block_manager import BlockManager
 from optc.runtime.serving.accepting import Limits, check_request
+from optc.runtime.serving.answers import Answers
 from optc.runtime.serving.drafting import Drafting
 from optc.runtime.serving.engine_options import EngineOptions
 from optc.runtime.serving.grammar import Grammars
@@ -31,17 +33,10 @@ from optc.runtime.speculative.shape import ladder_of
 
 @dataclass(slots=True)
 class _Entry:
-    """What the engine keeps of a request beside its schedule.
-
-    Attributes:
-        told: of its tokens, those that are in its answers, and the prompt's.
-        plain: its answers hold tokens and nothing else from now on.
-    """
+    """What the engine keeps of a request beside its schedule."""
 
     scheduled: Request
     sampler: RequestSampler | None
-    told: int
-    plain: bool = False
 
 
 class PagedEngine:
@@ -129,8 +124,9 @@ class PagedEngine:
             priority=request.priority,
             single=request.grammar is not None,  # what may follow depends on the token
             kind=kind_of(request),
+            told=len(request.prompt),
         )
-        entry = self._entries[request.id] = _Entry(scheduled, sampler, len(request.prompt))
+        entry = self._entries[request.id] = _Entry(scheduled, sampler)
         if request.grammar is not None:
             self._grammatical[request.id] = entry
         self.scheduler.add(scheduled)
@@ -146,7 +142,7 @@ class PagedEngine:
 
     # -- steps ------------------------------------------------------------------------------
 
-    def step(self) -> Sequence[Answer]:
+    def step(self) -> Answers:
         """See `Engine`."""
         begin, computed = time.perf_counter(), self._runner.model_s
         if self._drafting is not None:
@@ -155,7 +151,7 @@ class PagedEngine:
         if plan is not None:
             self._runner.launch(plan)
             self._launched.append(plan)
-        answers: list[Answer] = []
+        answers = Answers.of([])
         if self._launched and (plan is None or len(self._launched) > self._runner.ahead):
             oldest = self._launched.popleft()
             given = self._runner.collect()
@@ -164,7 +160,7 @@ class PagedEngine:
             self._ended += self.scheduler.collect(oldest, given)
             self._end_complete()
             answers = self._tell(oldest)
-        answers += [self._last(ended) for ended in self._ended]
+        answers.others.extend(self._last(ended) for ended in self._ended)
         self._ended.clear()
         self._host.note(
             time.perf_counter() - begin - (self._runner.model_s - computed), 1 if plan is None else plan.steps
@@ -179,22 +175,23 @@ class PagedEngine:
                 self._ended += [] if ended is None else [ended]
                 del self._grammatical[identity]
 
-    def _tell(self, plan: Plan) -> list[Answer]:
+    def _tell(self, plan: Plan) -> Answers:
         """The new tokens of every request that goes on; those that have moved tell theirs with the next one."""
         rows = self._rows
         here = plan.rows[rows.serial[plan.rows] == plan.serials]
-        known = rows.known[here]
-        last = rows.history[here, known - 1].tolist()
-        entries, answers = self._entries, []
-        for request, count, token in zip(self.scheduler.places.requests(here), known.tolist(), last, strict=True):
-            entry = entries[request.id]
-            new = [token] if entry.told == count - 1 else rows.history[request.row, entry.told : count].tolist()
-            if entry.plain:
-                entry.told = count
-                answers.append(Answer(id=request.id, tokens=new))
-            else:
-                answers.append(self._answer(entry, new, None))
-        return answers
+        plain = rows.plain[here]
+        others = [self._more(row) for row in here[~plain].tolist()]
+        here = here[plain]
+        return Answers(rows.names[here].tolist(), *rows.tell(here), others)
+
+    def _more(self, row: int) -> Answer:
+        """The answer of a row that may hold more than tokens."""
+        rows, entry = self._rows, self._entries[self.scheduler.at(row).id]
+        first = int(rows.told[row]) == entry.scheduled.prompt_length
+        tokens, _ = rows.tell(np.array([row]))
+        answer = self._answer(entry, tokens.tolist(), None, first=first)
+        rows.plain[row] = answer.logprobs is None
+        return answer
 
     def _last(self, ended: Ended) -> Answer:
         """All that was not told of a request, and why it ended."""
@@ -202,14 +199,14 @@ class PagedEngine:
         if self._drafting is not None:
             self._drafting.forget(ended.request.id)
         self._grammatical.pop(ended.request.id, None)
-        return self._answer(entry, ended.tokens[entry.told :], ended.finish)
+        told = entry.scheduled.told
+        first = told == entry.scheduled.prompt_length
+        return self._answer(entry, ended.tokens[told:], ended.finish, first=first)
 
-    def _answer(self, entry: _Entry, tokens: list[int], finish: Finish | None) -> Answer:
-        entry.told += len(tokens)
-        cached = entry.scheduled.found if entry.told == len(tokens) + entry.scheduled.prompt_length else None
-        answer = answer_of(entry.scheduled.id, entry.sampler, tokens, finish, cached)
-        entry.plain = answer.logprobs is None
-        return answer
+    @staticmethod
+    def _answer(entry: _Entry, tokens: list[int], finish: Finish | None, *, first: bool) -> Answer:
+        scheduled = entry.scheduled
+        return answer_of(scheduled.id, entry.sampler, tokens, finish, scheduled.found if first else None)
 
     @property
     def idle(self) -> bool:

@@ -64,7 +64,14 @@ class Places:
     def enter(self, request: Request, found: int) -> None:
         """A request that the pool has begun gets a row; so many of its tokens are there."""
         row = self.rows.take(
-            request.tokens, end=request.end, stops=request.stops, single=request.single, kind=request.kind
+            request.id,
+            request.tokens,
+            end=request.end,
+            stops=request.stops,
+            single=request.single,
+            kind=request.kind,
+            told=request.told,
+            plain=request.plain,
         )
         request.row = row
         self._at[row] = request
@@ -80,7 +87,7 @@ class Places:
         self._at[row] = None
         self.rows.give_back(row)
         self.manager.free(request.id, forget=forget)
-        request.row = -1
+        request.row, request.told, request.plain = -1, int(self.rows.told[row]), bool(self.rows.plain[row])
 
     def compact(self) -> None:
         """Rows move where the first half of them, or less, could hold all."""
@@ -137,8 +144,7 @@ class Places:
         old, new = int(self.rows.owned[row]), len(blocks)
         if new > old:
             self.rows.tables[row, old:new] = blocks[old:]
-            self.rows.owned[row] = new
-            self.rows.room[row] = new * self.manager.block_size
+            self.rows.owned[row], self.rows.room[row] = new, new * self.manager.block_size
             self.grown += [(row, column) for column in range(old, new)]
 
     def commit_computed(self) -> None:

@@ -29,6 +29,7 @@ class Request:
         overtaken: later arrivals that were admitted while it was the first of all that wait.
         row: where it runs, or -1.
         found: of the prompt, tokens that the pool held; None before the first admission.
+        told, plain: while it has no row, see `Rows`.
     """
 
     id: str
@@ -46,6 +47,8 @@ class Request:
     row: int = -1
     found: int | None = None
     waits: bool = False
+    told: int = 0
+    plain: bool = False
 
     @property
     def rank(self) -> tuple[bool, int, int]:

@@ -6,8 +6,7 @@ string in the text ends the request by `Cancel`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Literal, Protocol, TypeVar
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
@@ -95,7 +94,7 @@ class TokenLogprobs(Struct, frozen=True, array_like=True):
 
 
 class Answer(Struct, frozen=True, kw_only=True, gc=False):
-    """What a request got since its last `Answer`. There are hundreds in a step, and none is ever part of a cycle.
+    """What a request got since its last `Answer`. None is ever part of a cycle.
 
     Attributes:
         tokens: new ones, in order; may be empty.
@@ -158,44 +157,3 @@ class EngineMetrics(Struct, frozen=True, kw_only=True):
     finished: dict[str, int] = {}
     host_us_per_step: float = 0.0
     speculation: SpeculativeFigures | None = None
-
-
-RequestT = TypeVar("RequestT", contravariant=True)
-
-
-class Runs(Protocol[RequestT]):
-    """Runs requests of one kind; one thread calls it."""
-
-    @property
-    def info(self) -> EngineInfo: ...
-
-    def submit(self, request: RequestT) -> None:
-        """Let a request wait for its turn.
-
-        Raises:
-            InputError: a prompt that is empty, holds a token outside the vocabulary, or leaves no room in the context
-                or in the whole pool; a token of the bias or of the stops outside the vocabulary.
-            BusyError: too many wait.
-        """
-
-    def cancel(self, identity: str) -> None:
-        """See `Cancel`."""
-
-    def step(self) -> Sequence[Answer]:
-        """Run one step of whatever can run, and give what is new; nothing where no request is there.
-
-        Raises:
-            OptcError: the engine cannot go on; all requests are lost. A fault of one request is its `Answer`.
-        """
-
-    @property
-    def idle(self) -> bool:
-        """Whether no request waits or runs."""
-
-    def metrics(self) -> EngineMetrics: ...
-
-    def close(self) -> None: ...
-
-
-Engine = Runs[Generate]
-Embedder = Runs[Embed]

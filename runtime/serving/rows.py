@@ -47,6 +47,8 @@ class Rows:
         high: rows below it may be taken, none from it on.
         serial: counts the requests that had the row, so that what comes late for the one before is known.
         kind: int8, a `Kind`: what choosing the row's tokens takes.
+        names: of the requests that have the rows.
+        told: of `known`, those that answers hold, and the prompt's. plain: answers hold tokens and nothing else from now on.
     """
 
     def __init__(self, count: int, capacity: int, block_size: int) -> None:
@@ -54,9 +56,10 @@ class Rows:
         self.history = np.zeros((count, capacity + 1), np.int32)
         self.tables = np.zeros((count, -(-capacity // block_size)), np.int32)
         self.known, self.fed, self.end, self.room, self.owned, self.serial = np.zeros((6, count), np.int64)
-        self.drafted = np.zeros(count, np.int64)
+        self.drafted, self.told = np.zeros((2, count), np.int64)
         self.shape: Shape | None = None
-        self.decoding, self.single = np.zeros((2, count), np.bool_)
+        self.decoding, self.single, self.plain = np.zeros((3, count), np.bool_)
+        self.names = np.full(count, "", np.object_)
         self.kind = np.zeros(count, np.int8)
         self.stops = np.full((count, _FEW_STOPS), NO_STOP, np.int64)
         self._free = list(range(count))[::-1]
@@ -67,7 +70,18 @@ class Rows:
         """Rows that can be had."""
         return len(self._free)
 
-    def take(self, tokens: list[int], *, end: int, stops: list[int], single: bool, kind: Kind) -> int:
+    def take(
+        self,
+        name: str,
+        tokens: list[int],
+        *,
+        end: int,
+        stops: list[int],
+        single: bool,
+        kind: Kind,
+        told: int,
+        plain: bool,
+    ) -> int:
         """A row for a request that has these tokens, the lowest that is free."""
         row = self._free.pop()
         self.high = max(self.high, row + 1)
@@ -75,6 +89,7 @@ class Rows:
         self.known[row], self.fed[row], self.end[row] = len(tokens), 0, end
         self.room[row] = self.owned[row] = self.drafted[row] = 0
         self.decoding[row], self.single[row], self.kind[row] = False, single, kind
+        self.names[row], self.told[row], self.plain[row] = name, told, plain
         if len(stops) > self.stops.shape[1]:
             wider = np.full((self.count, len(stops)), NO_STOP, np.int64)
             wider[:, : self.stops.shape[1]] = self.stops
@@ -99,9 +114,11 @@ class Rows:
         known, owned = int(self.known[row]), int(self.owned[row])
         self.history[new, :known] = self.history[row, :known]
         self.tables[new, :owned] = self.tables[row, :owned]
-        for values in (self.known, self.fed, self.end, self.room, self.owned, self.decoding, self.single, self.kind):
+        for values in (
+            *(self.known, self.fed, self.end, self.room, self.owned, self.decoding, self.single, self.kind),
+            *(self.stops, self.names, self.told, self.plain),
+        ):
             values[new] = values[row]
-        self.stops[new] = self.stops[row]
         self.high = max(self.high, new + 1)
         self.give_back(row)
         return new
@@ -112,6 +129,15 @@ class Rows:
         assert known + len(tokens) < self.end[row], "the last token of a row is not fed"
         self.history[row, known : known + len(tokens)] = tokens
         self.drafted[row] = len(tokens)
+
+    def tell(self, rows: Ints) -> tuple[npt.NDArray[np.int32], Ints]:
+        """The tokens of rows that are known and not told, end to end, and how many of each: they are told from then on."""
+        told = self.told[rows]
+        counts = self.known[rows] - told
+        owner = np.repeat(np.arange(len(rows)), counts)
+        place = np.arange(len(owner)) - (counts.cumsum() - counts - told)[owner]
+        self.told[rows] += counts
+        return self.history[rows[owner], place], counts
 
     def tokens(self, row: int) -> list[int]:
         """All tokens of a row that are known."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from optc.compiler.ops.dialect.sampling import NO_TOKEN
 from optc.runtime.serving.accepting import Limits, check_request
+from optc.runtime.serving.answers import Answers
 from optc.runtime.serving.engine_options import EngineOptions
 from optc.runtime.serving.grammar import Grammars
 from optc.runtime.serving.host_time import HostTime
@@ -74,15 +75,20 @@ class SessionEngine:
         if job is not None:
             self._ended.append(self._answer(job, [], "cancelled"))
 
-    def step(self) -> Sequence[Answer]:
+    def step(self) -> Answers:
         """See `Engine`."""
         answers, self._ended = self._ended, []
+        self._advance(answers)
+        return Answers.of(answers)
+
+    def _advance(self, answers: list[Answer]) -> None:
+        """A step of the request whose turn it is."""
         begin = time.perf_counter()
         job, cached = self._running, None
         if job is None:
             job = self._running = self._next()
         if job is None:
-            return answers
+            return
         at = time.perf_counter()
         if len(job.tokens) > len(job.request.prompt):
             logits = self._session.decode(job.tokens[-1:])
@@ -94,7 +100,6 @@ class SessionEngine:
         self._counts.steps += 1
         answers.append(self._take(job, token, cached))
         self._host.note(time.perf_counter() - begin - computed)
-        return answers
 
     def _next(self) -> _Job | None:
         """The one that is to run next, taken out of those that wait."""

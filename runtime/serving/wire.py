@@ -31,10 +31,17 @@ class Refused(Struct, frozen=True, kw_only=True, tag="refused"):
     message: str
 
 
-class Answers(Struct, frozen=True, tag="answers"):
-    """What one step of the engine gave to the requests of one client."""
+class Given(Struct, frozen=True, tag="given"):
+    """What one step of the engine gave to the requests of one client; see `Answers`.
 
-    items: list[Answer]
+    Attributes:
+        tokens, counts: int32, in the processor's order of bytes.
+    """
+
+    ids: list[str]
+    tokens: bytes
+    counts: bytes
+    others: list[Answer]
 
 
 class Opened(Struct, frozen=True, tag="opened"):
@@ -58,7 +65,7 @@ class Pong(Struct, frozen=True, tag="pong"):
 
 
 ToEngine = Generate | Embed | Cancel | Ping
-FromEngine = Refused | Answers | Opened | Measured | Pong
+FromEngine = Refused | Given | Opened | Measured | Pong
 
 _encoder = msgspec.msgpack.Encoder()
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

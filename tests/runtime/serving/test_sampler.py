@@ -17,7 +17,8 @@ from optc.runtime.generation.generate import generate
 from optc.runtime.sampling import Sampling
 from optc.runtime.serving.engine import engine_for
 from optc.runtime.serving.engine_options import EngineOptions
-from optc.runtime.serving.request import Engine, Generate
+from optc.runtime.serving.interface import Engine
+from optc.runtime.serving.request import Generate
 from optc.runtime.serving.sampler import RequestSampler, choose, logprobs_of
 from optc.runtime.sessions.paged import PagedSession
 from optc.runtime.sessions.program import open_program
