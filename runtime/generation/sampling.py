@@ -20,6 +20,8 @@ from optc.runtime.sessions.streaming import Draw, StreamingSession
 
 Weights = npt.NDArray[np.float32]
 Uniforms = npt.NDArray[np.float64]
+_BLOCK, _FEW = 256, 2048
+"""Weights that are added up before blocks are; where there are fewer, one by one is as fast."""
 
 
 def distribution(logits: npt.NDArray[np.floating], sampling: Sampling) -> npt.NDArray[np.float64]:
@@ -205,8 +207,30 @@ def _penalized(
 def _draw(logits: npt.NDArray[np.floating], sampling: Sampling, stream: np.random.Generator) -> int:
     """One token of a row, by inversion: the first whose cumulative probability exceeds a uniform number."""
     ids, weights = _kept(logits, sampling)
-    cumulative = np.cumsum(weights, dtype=np.float64)
-    total = cumulative[-1]
-    # Rounding must not lift the draw to the total, which no cumulative probability exceeds.
-    index = np.searchsorted(cumulative, min(stream.random() * total, np.nextafter(total, 0)), side="right")
-    return int(index if isinstance(ids, slice) else ids[index])
+    index = inverse(weights, stream.random())
+    return index if isinstance(ids, slice) else int(ids[index])
+
+
+def inverse(weights: Weights, uniform: float) -> int:
+    """The first index whose cumulative weight exceeds this share of the whole, from 0 on and below 1.
+
+    Sums of blocks come first, then those inside one block: adding up a vocabulary number by number takes longer than its
+    exponentials.
+    """
+    if len(weights) < _FEW:
+        cumulative = np.cumsum(weights, dtype=np.float64)
+        return _first_above(cumulative, uniform * cumulative[-1])[0]
+    whole = len(weights) // _BLOCK * _BLOCK
+    sums = np.append(
+        weights[:whole].reshape(-1, _BLOCK).sum(1, dtype=np.float64), weights[whole:].sum(dtype=np.float64)
+    )
+    cumulative = np.cumsum(sums)
+    block, share = _first_above(cumulative, uniform * cumulative[-1])
+    inside = np.cumsum(weights[block * _BLOCK : (block + 1) * _BLOCK], dtype=np.float64)
+    return block * _BLOCK + _first_above(inside, share - (cumulative[block - 1] if block else 0.0))[0]
+
+
+def _first_above(cumulative: Uniforms, share: float) -> tuple[int, float]:
+    """The first place that is above a share, and that share: rounding must not lift it to the total, which none exceeds."""
+    share = min(share, float(np.nextafter(cumulative[-1], 0)))
+    return int(np.searchsorted(cumulative, share, side="right")), share

@@ -15,7 +15,7 @@ from transformers import (
 
 from optc.compiler.diagnostics import GateError, UsageError
 from optc.compiler.ops.library import reference
-from optc.runtime.generation.sampling import Sampler, distribution
+from optc.runtime.generation.sampling import Sampler, distribution, inverse
 from optc.runtime.sampling import Sampling
 
 
@@ -141,6 +141,30 @@ def test_draws_follow_the_distribution() -> None:
     shares = np.bincount(sampler(logits), minlength=4) / 4000
     assert shares[2] == 0
     np.testing.assert_allclose(shares, [0.5, 0.3, 0, 0.2], atol=0.03)  # about four standard errors
+
+
+@pytest.mark.parametrize("size", [1, 2, 2047, 2048, 2049, 2304, 5000])
+def test_inversion_by_blocks_is_that_of_the_whole(size: int) -> None:
+    """Weights and shares that float64 adds up exactly, so that the order of sums does not count; some weights are 0."""
+    rng = np.random.default_rng(size)
+    weights = (rng.integers(1, 16, size) * (rng.random(size) < 0.7)).astype(np.float32)
+    weights[size // 2] = 3
+    cumulative = np.cumsum(weights, dtype=np.float64)
+    edges = cumulative[:-1] / cumulative[-1]
+    exact = edges[edges * cumulative[-1] == cumulative[:-1]]
+    for uniform in (0.0, 1 - 2.0**-53, *exact.tolist()[:40], *rng.random(40).tolist()):
+        share = min(uniform * cumulative[-1], np.nextafter(cumulative[-1], 0))
+        assert inverse(weights, uniform) == np.searchsorted(cumulative, share, side="right")
+
+
+def test_inversion_never_takes_what_has_no_weight() -> None:
+    """Tiny weights behind a large one, where sums round."""
+    weights = np.full(2304, 1e-20, np.float32)
+    weights[0], weights[600:] = 1, 0
+    assert inverse(weights, 1 - 2.0**-53) < 600
+    weights[:] = 0
+    weights[700] = 1e-38
+    assert {inverse(weights, uniform) for uniform in (0.0, 0.5, 1 - 2.0**-53)} == {700}
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
