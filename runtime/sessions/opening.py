@@ -33,6 +33,56 @@ def _check_device(engine: Engine, manifest: Manifest, asked: str, where: str) ->
         )
 
 
+def _check_generates(engine: Engine, manifest: Manifest, where: str, *, eager: bool, draft: bool) -> None:
+    """Refuse an artifact that has no session; arguments as `open_session`.
+
+    Raises:
+        TargetError: it has none.
+    """
+    contract = manifest.contract
+    if engine.eager and not eager:
+        raise TargetError(
+            "optc has no session for this artifact: it is a model folder",
+            where=where,
+            remedy="load it with transformers (AutoModelForCausalLM.from_pretrained), vLLM or SGLang",
+        )
+    if contract.kind != "decoder" or (_is_whole(engine, manifest) and engine.caller is None):
+        what = "without a KV cache" if contract.kind == "decoder" else f"of kind '{contract.kind}'"
+        raise TargetError(
+            f"the artifact is a model {what}, which does not generate",
+            where=where,
+            remedy="call it with tensors: optc.load(folder)(...), or optc run --inputs FILE.npz; optc inspect lists them",
+        )
+    if contract.draft is not None and not draft:
+        raise TargetError(
+            "the artifact is a draft model, which does not generate by itself",
+            where=where,
+            why="it reads hidden states of the model that it drafts for",
+            remedy="run that model with --speculative eagle3 --draft and this folder",
+        )
+
+
+def _is_whole(engine: Engine, manifest: Manifest) -> bool:
+    """Whether it is called with whole texts, as it has no cache."""
+    return not engine.eager and manifest.contract.kv_cache.kind == "none"
+
+
+def _check_options(engine: Engine, manifest: Manifest, threads: int | None, num_blocks: int | None) -> None:
+    """Refuse options that have no effect.
+
+    Raises:
+        UsageError: one is out of range, or has none.
+    """
+    if threads is not None:
+        check_range("threads", threads, Threads)
+    if threads is not None and not engine.has_threads:
+        raise UsageError("threads has no effect here: the plan runs on the GPU", remedy="leave it out")
+    if num_blocks is not None and manifest.contract.kv_cache.kind != "paged":
+        raise UsageError(
+            "kv-blocks has no effect here: the KV cache of the artifact is not paged", remedy="leave it out"
+        )
+
+
 def open_session(
     folder: Path,
     manifest: Manifest,
@@ -55,44 +105,17 @@ def open_session(
         TargetError: not a decoder, the engine is not installed, or it cannot run the artifact.
         UsageError: an option out of range or without effect on this artifact.
     """
-    contract, engine = manifest.contract, find_engine(manifest.engine, str(folder))
-    if engine.eager and not eager:
-        raise TargetError(
-            "optc has no session for this artifact: it is a model folder",
-            where=str(folder),
-            remedy="load it with transformers (AutoModelForCausalLM.from_pretrained), vLLM or SGLang",
-        )
+    engine = find_engine(manifest.engine, str(folder))
     if device is not None and not engine.eager:
         _check_device(engine, manifest, device, str(folder))
-    whole = not engine.eager and contract.kv_cache.kind == "none"
-    if contract.kind != "decoder" or (whole and engine.caller is None):
-        what = "without a KV cache" if contract.kind == "decoder" else f"of kind '{contract.kind}'"
-        raise TargetError(
-            f"the artifact is a model {what}, which does not generate",
-            where=str(folder),
-            remedy="call it with tensors: optc.load(folder)(...), or optc run --inputs FILE.npz; optc inspect lists them",
-        )
-    if contract.draft is not None and not draft:
-        raise TargetError(
-            "the artifact is a draft model, which does not generate by itself",
-            where=str(folder),
-            why="it reads hidden states of the model that it drafts for",
-            remedy="run that model with --speculative eagle3 --draft and this folder",
-        )
-    if threads is not None:
-        check_range("threads", threads, Threads)
-    if threads is not None and not engine.has_threads:
-        raise UsageError("threads has no effect here: the plan runs on the GPU", remedy="leave it out")
-    if num_blocks is not None and contract.kv_cache.kind != "paged":
-        raise UsageError(
-            "kv-blocks has no effect here: the KV cache of the artifact is not paged", remedy="leave it out"
-        )
+    _check_generates(engine, manifest, str(folder), eager=eager, draft=draft)
+    _check_options(engine, manifest, threads, num_blocks)
     for info in manifest.engine_infos:
         check_facts(engine, info, manifest.needs, {entry.path for entry in manifest.files}, str(folder))
     check_trusted(folder, manifest, trust)
     place = (device if engine.eager else None) or graph_device
     options = SessionOptions(threads=threads, num_blocks=num_blocks, device=place)
-    if whole:
-        return WholeSession(engine.open_caller(folder, manifest, options), contract)
+    if _is_whole(engine, manifest):
+        return WholeSession(engine.open_caller(folder, manifest, options), manifest.contract)
     session: Session = engine.open_session(folder, manifest, options)
     return session
