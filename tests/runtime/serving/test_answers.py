@@ -17,7 +17,7 @@ from optc.runtime.serving.paged_engine import PagedEngine
 from optc.runtime.serving.plan import Chosen, Plan
 from optc.runtime.serving.request import Answer, Generate
 from optc.runtime.serving.rows import Kind, Rows
-from optc.runtime.serving.wire import Frames, decode_from_engine
+from optc.runtime.serving.wire import Frames, Given, decode_from_engine
 
 
 def _answers() -> Answers:
@@ -45,7 +45,7 @@ def test_rows_tell_what_was_not_told() -> None:
     rows = Rows(3, 16, 4)
     for name, known in (("a", 5), ("b", 7), ("c", 4)):
         row = rows.take(
-            name, list(range(known)), end=9, stops=[], single=False, kind=Kind.GREEDY, told=known - 1, plain=True
+            name, list(range(known)), end=9, stops=[], single=False, kind=Kind.GREEDY, told=known - 1, plain=name != "c"
         )
         rows.history[row, known] = 10 * (row + 1)
         rows.known[row] += row  # a has 1 new token, b 2, c 3: one was not told of each
@@ -55,7 +55,7 @@ def test_rows_tell_what_was_not_told() -> None:
     assert rows.tell(np.array([0, 1, 2]))[1].tolist() == [0, 0, 0]
     rows.give_back(0)
     assert rows.move(2) == 0
-    assert (rows.names[0], int(rows.told[0]), bool(rows.plain[0])) == ("c", 6, True)
+    assert (rows.names[0], int(rows.told[0]), bool(rows.plain[0])) == ("c", 6, False)
 
 
 class Made:
@@ -91,7 +91,9 @@ def test_every_token_is_told_once_also_of_rows_that_give_way() -> None:
     engine = _engine(4, 14)
     got: dict[str, list[int]] = {}
     for name in "abcd":
-        engine.submit(Generate(id=name, prompt=[ord(name), 2, 3], max_new_tokens=20, logprobs=None))
+        engine.submit(
+            Generate(id=name, prompt=[ord(name), 2, 3], max_new_tokens=20, logprobs=1 if name == "d" else None)
+        )
     arrays = 0
     last: dict[str, Answer] = {}
     while not engine.idle:
@@ -99,6 +101,7 @@ def test_every_token_is_told_once_also_of_rows_that_give_way() -> None:
         arrays += len(found.ids)
         for answer in found:
             assert answer.id not in last, "an answer after the last"
+            assert (answer.logprobs is not None) == (answer.id == "d")
             assert (answer.cached_tokens is not None) == (answer.id not in got)
             got.setdefault(answer.id, []).extend(answer.tokens)
             if answer.finish is not None:
@@ -136,7 +139,10 @@ def test_clients_get_their_own_over_the_wire() -> None:
             except BlockingIOError:
                 continue
             for item in held.feed(data):
-                reader._receive(decode_from_engine(item))
+                message = decode_from_engine(item)
+                assert isinstance(message, Given)
+                assert all(channels[name]._client is reader for name in message.ids)
+                reader._receive(message)
     for name, channel in channels.items():
         found[name] = (channel._pending[0].tokens, channel._pending[0].finish)
     alone = {name: [token // 100 for token in tokens] for name, (tokens, _) in found.items()}
