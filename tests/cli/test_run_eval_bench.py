@@ -238,7 +238,8 @@ def test_eval_json(artifact: Path, text: Path, capsys: pytest.CaptureFixture[str
 def test_eval_for_people(artifact: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert optc("eval", artifact, "--text", text) == 0
     out, err = capsys.readouterr()
-    assert re.fullmatch(r"evaluating: begun\nevaluating: done after \d+ s\n", err)
+    lines = r"(evaluating: \d+ s, windows\n)*"  # of a machine that takes longer than ten seconds
+    assert re.fullmatch(rf"evaluating: begun\n{lines}evaluating: done after \d+ s\n", err)
     assert [line.split("  ")[0] for line in out.splitlines()] == [
         "tokens",
         "perplexity",
