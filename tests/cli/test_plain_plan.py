@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from command_line import optc as call
 
 from optc import planning
 from optc.compiler.diagnostics import InputError
@@ -117,3 +118,8 @@ def test_a_plan_imports_torch_and_little_else() -> None:
     *lines, last = done.stdout.splitlines()
     assert json.loads("\n".join(lines))["linears"] == 28
     assert last == "0 []"
+
+
+def test_a_plan_without_passes_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("plan", str(EXAMPLE), "--target", "vllm") == 0
+    assert "  passes: none\n" in capsys.readouterr().out

@@ -99,7 +99,7 @@ def _show(result: dict[str, Any]) -> None:
     say(f"{result['model']} for {result['target']}, {result['dtype']}, quantization {result['quant'] or 'none'}")
     say(f"  parameters: {result['parameters'] / 1e6:.1f} M, {result['linears']} linears")
     names = [row["name"] + (" (if it matches)" if row["optional"] else "") for row in result["passes"]]
-    say(f"  passes: {', '.join(names)}")
+    say(f"  passes: {', '.join(names) or 'none'}")
     if result["quant"]:
         say(f"  group size: {_group(result['group_size'])}")
     if result["left"]:
