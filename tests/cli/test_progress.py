@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import subprocess
 import sys
 import time
@@ -69,17 +70,22 @@ def test_they_begin_before_what_takes_long_is_imported() -> None:
     assert json.loads(done.stdout) == {name: [] for name in LONG}
 
 
+def timeless(line: str) -> str:
+    """Whatever the machine does beside it."""
+    return re.sub(r"\d+ s\b", "N s", line)
+
+
 def test_lines_go_on_at_least_every_ten_seconds() -> None:
     assert EVERY <= 10
     lines: list[str] = []
     with heartbeat("training", lines.append, every=0.05) as update:
         update("step 3")
         time.sleep(0.12)
-    assert lines[:2] == ["training: begun", "training: 0 s, step 3"]
-    assert lines[-1] == "training: done after 0 s"
+    assert [timeless(line) for line in lines[:2]] == ["training: begun", "training: N s, step 3"]
+    assert timeless(lines[-1]) == "training: done after N s"
     with pytest.raises(ValueError, match="negative"), heartbeat("short", lines.append):
         time.sleep(-1)
-    assert lines[-2:] == ["short: begun", "short: stopped after 0 s"]
+    assert [timeless(line) for line in lines[-2:]] == ["short: begun", "short: stopped after N s"]
 
 
 def test_parts_are_notes_of_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,9 +93,9 @@ def test_parts_are_notes_of_the_command(monkeypatch: pytest.MonkeyPatch, capsys:
     with progress("evaluating"), part("windows", 3) as update:
         update(2, "2 of 3")
         time.sleep(0.05)
-    said = capsys.readouterr().err.splitlines()
-    assert (said[0], said[-1]) == ("evaluating: begun", "evaluating: done after 0 s")
-    assert set(said[1:-1]) == {"evaluating: 0 s, windows: 2 of 3"}
+    said = [timeless(line) for line in capsys.readouterr().err.splitlines()]
+    assert (said[0], said[-1]) == ("evaluating: begun", "evaluating: done after N s")
+    assert set(said[1:-1]) == {"evaluating: N s, windows: 2 of 3"}
     with part("windows", 3) as update:  # of no command: Python did not ask for a bar
         update(1, "1 of 3")
         time.sleep(0.03)
