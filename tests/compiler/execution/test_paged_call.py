@@ -28,7 +28,10 @@ def test_an_engine_lays_out_what_a_session_does() -> None:
     texts = [[1, 2, 3, 4, 5, 6], [7, 8, 9]]
     for row, tokens in enumerate(texts):
         manager.start(row)
-        assert rows.take(tokens, end=16, stops=[], single=False, kind=Kind.GREEDY) == row
+        taken = rows.take(
+            str(row), tokens, end=16, stops=[], single=False, kind=Kind.GREEDY, told=len(tokens), plain=False
+        )
+        assert taken == row
     manager.step([(0, texts[0][:4])])
     expected = manager.step([(0, texts[0][4:]), (1, texts[1])])
     for row in range(2):
