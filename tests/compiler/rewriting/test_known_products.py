@@ -64,6 +64,10 @@ def _one_weight(x: Tensor, weight: Tensor, bias: Tensor, result: Tensor) -> None
     weight.data[2, 3] += 1e-3  # unseen by versions
 
 
+def _last_bit(x: Tensor, weight: Tensor, bias: Tensor, result: Tensor) -> None:
+    weight.data.view(torch.int32)[0, 0] += 1
+
+
 def _swapped_rows(x: Tensor, weight: Tensor, bias: Tensor, result: Tensor) -> None:
     weight.data[:2] = weight.data[:2].flip(0)
 
@@ -94,6 +98,7 @@ def _result(x: Tensor, weight: Tensor, bias: Tensor, result: Tensor) -> None:
     [
         (_nothing, False),
         (_one_weight, True),
+        (_last_bit, True),
         (_swapped_rows, True),
         (_swapped_columns, True),
         (_bias, True),
@@ -114,6 +119,17 @@ def test_what_changed_is_computed_again(
     change(second, weight, bias, result)
     assert torch.equal(MarkedWeights(products).linear(second, weight, bias), linear(second, weight, bias))
     assert len(computed) == 1 + again
+
+
+@pytest.mark.parametrize("columns", [64, 63])
+def test_the_least_change_of_a_weight_is_seen(computed: list[tuple[int, ...]], columns: int) -> None:
+    """One too small for the product with random numbers, beside what else is in the row."""
+    x, weight = numbers(3, columns), numbers(5, columns, seed=1)
+    weight[4, 2] = 1e-12
+    stage = after_a_stage(KnownProducts(), x, weight)
+    weight.data[4, 2] = 2e-12
+    stage.linear(x, weight)
+    assert len(computed) == 2
 
 
 def test_two_calls_of_a_stage_do_not_share_a_result() -> None:
