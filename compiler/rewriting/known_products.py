@@ -97,7 +97,9 @@ class MarkedWeights:
         if len(known) != len(parts) or any(ref() is not part for ref, part in zip(known, parts, strict=True)):
             weight, *bias = (part.detach() for part in parts)
             rows = (weight @ _random_row(weight.shape[1]), *bias)
-            mark = repr([*weight.shape, _sum_of_bits(weight)]).encode() + b"".join(row.numpy().tobytes() for row in rows)
+            mark = repr([*weight.shape, _sum_of_bits(weight)]).encode() + b"".join(
+                row.numpy().tobytes() for row in rows
+            )
             self._marks[place] = [weakref.ref(part) for part in parts], mark
         return mark
 
