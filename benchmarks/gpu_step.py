@@ -119,13 +119,13 @@ def _integers(shape: Shape) -> list[Gemv]:
         for steps in range(1, 29) if wide >= row else (1,):
             programs = shape.n / (block_n * steps)
             even = programs / 132 if programs > 132 else 0
-            if programs % 1 or not ((even <= 4.2 and even % 1 > 0.85) or even % 1 < 0.02 or 5 < even < 8):
+            fits = (even <= 4.2 and even % 1 > 0.85) or even % 1 < 0.02 or 5 < even < 8
+            if programs % 1 or not even or not fits:
                 continue
-            turns = steps * -(-row // wide)
-            for unrolled in (False, True) if even and 1 < turns <= MOST_UNROLLED else (False,) * bool(even):
-                found.append(
-                    Gemv(block_n=block_n, steps=steps, width=wide, depth=depth, warps=warps, unrolled=unrolled)
-                )
+            tiles = Gemv(block_n=block_n, steps=steps, width=wide, depth=depth, warps=warps)
+            found.append(tiles)
+            if 1 < steps * -(-row // wide) <= MOST_UNROLLED:
+                found.append(replace(tiles, unrolled=True))
     return found
 
 
