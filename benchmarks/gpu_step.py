@@ -43,27 +43,22 @@ BETTER = 0.9985
 MOST_UNROLLED = 8  # turns
 ATTENTION = [
     SplitTiles(programs=1, registers=255, early=False),
-    *(
-        SplitTiles(tile=tile, stages=stages, warps=warps, programs=programs, registers=registers, merged=merged)
-        for tile, stages, warps, programs, registers, merged in (
-            (64, 3, 8, 2, 128, 16), (64, 3, 8, 2, 128, 8), (64, 3, 8, 2, 128, 32), (64, 5, 8, 2, 128, 16),
-            (64, 3, 4, 3, 168, 16), (64, 3, 4, 4, 128, 16), (64, 3, 8, 3, 80, 16), (128, 3, 8, 1, 255, 16),
-            (128, 3, 8, 2, 128, 16), (128, 3, 4, 2, 255, 16), (32, 5, 4, 4, 128, 16),
-        )
-    ),
     SplitTiles(programs=1, registers=255),
     *(
-        SplitTiles(tile=tile, stages=stages, warps=warps, programs=programs, registers=registers, fewest=fewest)
-        for tile, stages, warps, programs, registers, fewest in (
-            (64, 3, 8, 1, 255, 2), (64, 3, 4, 1, 255, 2), (64, 5, 4, 1, 255, 4), (64, 3, 16, 1, 128, 1),
+        SplitTiles(
+            tile=tile, stages=stages, warps=8, programs=programs, registers=registers, fewest=fewest, merged=merged,
+            early=False, together=together,
         )
-    ),
-    *(  # all tiles of a program on their way before the wait, as far as shared memory holds them
-        SplitTiles(tile=tile, stages=stages, warps=8, programs=1, registers=255, early=early)
-        for tile, stages in ((64, 5), (64, 7), (64, 9), (128, 5))
-        for early in (True, False)
+        for tile, stages, programs, registers, fewest, merged in (
+            (64, 3, 1, 255, 1, 16), (64, 3, 1, 255, 1, 4), (64, 5, 1, 255, 2, 16), (128, 3, 1, 255, 1, 16),
+            (64, 3, 2, 128, 1, 16), (64, 5, 2, 128, 1, 16), (128, 3, 2, 128, 1, 16),
+            # all tiles of a program on their way before the wait, as far as shared memory holds them
+            (64, 5, 1, 255, 1, 16), (64, 7, 1, 255, 1, 16), (64, 9, 1, 255, 1, 16), (128, 5, 1, 255, 1, 16),
+        )
+        for together in (True, False)
     ),
 ]  # fmt: skip
+ATTENTION = list(dict.fromkeys(ATTENTION))
 """What stands in `choose_decode_tiles` first."""
 
 

@@ -69,6 +69,19 @@ def _merge(
     tl.store(out + row * DV + feature, result, mask=(row < GROUP) & (feature < DV))
 
 
+@triton.jit
+def load_new(
+    k, v, there, cos, sin, k_norm, eps,
+    D: tl.constexpr, WIDTH: tl.constexpr, DV: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    ROTATED: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """The new token's key [1, WIDTH], turned, and value [1, VALUE_WIDTH]; zeros where not `there`."""
+    one = tl.zeros([1], tl.int64)
+    feature = tl.arange(0, VALUE_WIDTH)
+    new_k = load_heads(k, one, (one == 0) & there, cos, sin, k_norm, eps, D, WIDTH, ROTATED, INTERLEAVED)
+    return new_k, tl.load(v + feature, mask=(feature < DV) & there, other=0.0)[None, :]
+
+
 @triton.jit(do_not_specialize=["at_a_time", "table_row"])
 def decode_split(
     q, k, v, k_pool, v_pool, slot_mapping, tables, lengths, starts, position, inv_freq, q_norm, k_norm,
@@ -79,7 +92,8 @@ def decode_split(
     REQUESTS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, GROUP_ROWS: tl.constexpr,
     D: tl.constexpr, WIDTH: tl.constexpr, DV: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ROTATED: tl.constexpr, INTERLEAVED: tl.constexpr,
-    TILE: tl.constexpr, STAGES: tl.constexpr, FEWEST: tl.constexpr, MERGED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr, FEWEST: tl.constexpr, MERGED: tl.constexpr, EARLY: tl.constexpr,
+    TOGETHER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """See `decode`, which takes the same arguments; the grid is [parts of a pair at most, HEADS, tokens], and
     token i is that of request i.
@@ -142,12 +156,22 @@ def decode_split(
                     q, token * q_token + (head * GROUP + row) * q_head, in_group, cos, sin, q_norm, eps,
                     D, WIDTH, ROTATED, INTERLEAVED,
                 )  # fmt: skip
-                if has_end:
-                    new_k = load_heads(
-                        k, one + token * k_token + head * k_head, one == 0, cos, sin, k_norm, eps,
-                        D, WIDTH, ROTATED, INTERLEAVED,
+                if TOGETHER:
+                    new_k, new_v = load_new(
+                        k + token * k_token + head * k_head, v + token * v_token + head * v_head, has_end, cos, sin, k_norm, eps,
+                        D, WIDTH, DV, VALUE_WIDTH, ROTATED, INTERLEAVED,
                     )  # fmt: skip
-                    new_v = tl.load(v + token * v_token + head * v_head + feature, mask=in_value, other=0.0)[None, :]
+                    top = tl.where(has_end, new_scores(queries, new_k, inner, outer, SOFTCAP), top)
+                    total = tl.where(has_end, 1.0, total)
+                    sums += new_v.to(tl.float32)
+                    if has_end:
+                        keep(k_pool, new_k, slot, head, k_block, k_slot, k_pool_head, D, WIDTH, BLOCK)
+                        keep(v_pool, new_v, slot, head, v_block, v_slot, v_pool_head, DV, VALUE_WIDTH, BLOCK)
+                elif has_end:
+                    new_k, new_v = load_new(
+                        k + token * k_token + head * k_head, v + token * v_token + head * v_head, True, cos, sin, k_norm, eps,
+                        D, WIDTH, DV, VALUE_WIDTH, ROTATED, INTERLEAVED,
+                    )  # fmt: skip
                     keep(k_pool, new_k, slot, head, k_block, k_slot, k_pool_head, D, WIDTH, BLOCK)
                     keep(v_pool, new_v, slot, head, v_block, v_slot, v_pool_head, DV, VALUE_WIDTH, BLOCK)
                     top = new_scores(queries, new_k, inner, outer, SOFTCAP)
