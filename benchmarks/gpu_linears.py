@@ -30,8 +30,6 @@ from torch import Tensor
 
 from optc.compiler.kernels.cuda.linear.configurations import (
     FILE_NAME,
-    MOST_DIRECT,
-    Direct,
     Gemv,
     Product,
     Shape,
@@ -39,7 +37,7 @@ from optc.compiler.kernels.cuda.linear.configurations import (
     tables,
 )
 
-Tiles = Gemv | Product | Direct
+Tiles = Gemv | Product
 FOOTPRINT = 400 << 20  # bytes of weights that launches of one graph read before the first comes again
 GROUP = 128
 REPEATS = 7
@@ -100,11 +98,6 @@ PRODUCT = [
     for split, stages in ((1, 4), (2, 4), (4, 4), (8, 4))
     for lines in (0, 2, 4, 8)
 ]
-DIRECT = [
-    (4, 1, 8, 1, 0), (4, 1, 8, 2, 0), (2, 1, 8, 2, 168), (2, 1, 16, 1, 128), (2, 2, 8, 1, 168), (2, 4, 8, 2, 168),
-    (4, 1, 4, 1, 0), (4, 2, 8, 1, 0),
-]  # fmt: skip
-"""tiles, across, warps, depth, registers"""
 
 
 def gemv_candidates(shape: Shape) -> list[Gemv]:
@@ -161,24 +154,9 @@ def joined_candidates(shape: Shape) -> list[Product]:
     return found
 
 
-def direct_candidates(shape: Shape) -> list[Direct]:
-    """The same of `product_direct`, which takes integers and few tokens."""
-    found = []
-    if shape.format.startswith("int") and shape.m <= MOST_DIRECT:
-        for tiles, across, warps, depth, registers in DIRECT:
-            for split in (1, 2, 4):
-                made = Direct(tiles=tiles, across=across, warps=warps, split=split, depth=depth, registers=registers)
-                programs = -(-shape.n // made.block_n(shape.gated)) * split
-                turns = shape.k // 128 / (warps // across * split)
-                if 96 <= programs <= 1000 and turns >= 1 and not (split > 1 and programs > 600):
-                    found.append(made)
-    return found
-
-
 KINDS: dict[str, Callable[[Shape], list[Any]]] = {
     "tiles": product_candidates,
     "joined": joined_candidates,
-    "direct": direct_candidates,
 }
 
 
@@ -313,8 +291,6 @@ def run(linear: Any, tiles: Tiles | None) -> Tensor:
 
     if tiles is None:
         return launch.by_cublas(linear)
-    if isinstance(tiles, Direct):
-        return launch.direct(linear, tiles)
     return launch.gemv(linear, tiles) if isinstance(tiles, Gemv) else launch.product(linear, tiles)
 
 
@@ -469,18 +445,15 @@ def write_tables(results: list[Path]) -> Path:
     path = Path(str(package.__file__)).with_name(FILE_NAME)
     content = json.loads(path.read_text())
     names = ("format", "n", "k", "gated", "m")
-    kinds = ("gemv", "product", "direct")
+    kinds = ("gemv", "product")
     known = {
         kind: {tuple(record[name] for name in names): record["tiles"] for record in content[kind]} for kind in kinds
     }
     for result in results:
         for record in json.loads(result.read_text())["linears"]:
-            for kind, mark in (("gemv", "width"), ("product", "block_k"), ("direct", "across")):
+            for kind, mark in (("gemv", "width"), ("product", "block_k")):
                 best = next((row["tiles"] for row in record["rows"] if row["tiles"] and mark in row["tiles"]), None)
                 key = tuple(record[name] for name in names)
-                if kind == "direct":  # only where it is the fastest: the product's table serves the rest
-                    known[kind].pop(key, None)
-                    best = best if best is record["rows"][0]["tiles"] else None
                 if best is not None and (kind != "gemv" or record["m"] == 1):
                     known[kind][key] = best
     lines = {

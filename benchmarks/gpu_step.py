@@ -46,19 +46,15 @@ ATTENTION = [
     SplitTiles(programs=1, registers=255),
     *(
         SplitTiles(
-            tile=tile, stages=stages, warps=8, programs=programs, registers=registers, fewest=fewest, merged=merged,
-            early=False, together=together,
+            tile=tile, stages=stages, warps=8, programs=programs, registers=registers, fewest=fewest, early=False,
         )
-        for tile, stages, programs, registers, fewest, merged in (
-            (64, 3, 1, 255, 1, 16), (64, 3, 1, 255, 1, 4), (64, 5, 1, 255, 2, 16), (128, 3, 1, 255, 1, 16),
-            (64, 3, 2, 128, 1, 16), (64, 5, 2, 128, 1, 16), (128, 3, 2, 128, 1, 16),
+        for tile, stages, programs, registers, fewest in (
+            (64, 5, 1, 255, 2), (128, 3, 1, 255, 1), (64, 3, 2, 128, 1), (64, 5, 2, 128, 1), (128, 3, 2, 128, 1),
             # all tiles of a program on their way before the wait, as far as shared memory holds them
-            (64, 5, 1, 255, 1, 16), (64, 7, 1, 255, 1, 16), (64, 9, 1, 255, 1, 16), (128, 5, 1, 255, 1, 16),
+            (64, 5, 1, 255, 1), (64, 7, 1, 255, 1), (64, 9, 1, 255, 1), (128, 5, 1, 255, 1),
         )
-        for together in (True, False)
     ),
 ]  # fmt: skip
-ATTENTION = list(dict.fromkeys(ATTENTION))
 """What stands in `choose_decode_tiles` first."""
 
 

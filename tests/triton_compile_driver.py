@@ -20,7 +20,6 @@ from optc.compiler.kernels.cuda.fused_norm import MOST_COLUMNS
 from optc.compiler.kernels.cuda.linear.configurations import Gemv, Product, gemv_tiles, product_tiles, tables
 from optc.compiler.kernels.cuda.linear.gemv_integer import gemv_integer
 from optc.compiler.kernels.cuda.linear.launch import WORDS_PER_WARP
-from optc.compiler.kernels.cuda.linear.product_direct import product_direct
 from optc.compiler.kernels.cuda.linear.product_integer import product_integer
 from optc.compiler.kernels.cuda.lookup.rows import packed_embedding
 from optc.compiler.kernels.cuda.norm.launch import warps_for
@@ -63,7 +62,7 @@ def main() -> None:
         pointers | {"x": "*bf16", "norm_weight": "*bf16", "eps": "fp32"},
         common
         | {"M": 1, "NORM": "rms", "STATISTICS": 1024, "BLOCK_N": gemv.block_n, "STEPS": gemv.steps}
-        | {"WORDS": gemv.width, "DEPTH": gemv.depth, "WHOLE": True, "WARPS": gemv.warps},
+        | {"WORDS": gemv.width, "DEPTH": gemv.depth, "UNROLLED": gemv.unrolled, "WHOLE": True, "WARPS": gemv.warps},
         gemv.warps,
     )
     long: Gemv = Gemv(block_n=8, steps=1, width=512, depth=1, warps=4)
@@ -81,14 +80,8 @@ def main() -> None:
         pointers | {"w": "*i8", "digits": "*i8", "unit": "*fp32", "partial": "*fp32", "arrivals": "*i32", "M": "i32"},
         common
         | {"BLOCK_M": 16, "BLOCK_N": product.block_n, "SPLIT": product.split, "STAGES": product.stages}
-        | {"LINES": product.lines},
+        | {"LINES": product.lines, "JOINED": product.joined},
         product.warps,
-    )
-    direct = compiled(
-        product_direct,
-        pointers | {"w": "*i8", "digits": "*i8", "unit": "*fp32", "M": "i32"},
-        common | {"EIGHTS": 2, "TILES": 2, "ACROSS": 1, "WARPS": 8, "SPLIT": 1, "DEPTH": 1},
-        8,
     )
     rows = dict.fromkeys(("x", "residual", "y"), "*bf16") | {"weight": "*fp32", "row_stride": "i32"}
     norm = compiled(
@@ -103,7 +96,7 @@ def main() -> None:
     bytes_ = compiled(packed_embedding, table | {"weight": "*i8"}, sizes | {"GROUP": LOOKUP_COLUMNS, "BITS": 8}, warps)
     types = table | {"weight": "*u8", "zero": "*i8"}
     nibbles = compiled(packed_embedding, types, sizes | {"GROUP": 128, "BITS": 4}, warps)
-    linears = {"gemv": one, "unrolled": unrolled, "product": few, "direct": direct}
+    linears = {"gemv": one, "unrolled": unrolled, "product": few}
     print(json.dumps({**linears, "norm": norm, "bytes": bytes_, "nibbles": nibbles}))
 
 

@@ -60,7 +60,6 @@ class SplitTiles:
         fewest: tiles of a program, so that short contexts are not merged.
         most: parts of a pair; 0: as many as programs allow.
         early: the next kernel may start at once; else when the first loads are under way.
-        together: the new key and value are loaded with the queries by every program; else behind them, by the one that needs them.
     """
 
     tile: int = 64
@@ -72,7 +71,6 @@ class SplitTiles:
     most: int = 0
     merged: int = 16
     early: bool = True
-    together: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +206,7 @@ def _split(call: Call, out: Tensor, tiles: SplitTiles) -> None:
     tokens = call.q.shape[0]
     if tokens != requests:  # keys of this call are loaded before the wait for the kernel in front, which writes them
         constants["launch_pdl"] = False
-    decode_split[(splits, heads, tokens)](*args, FEWEST=tiles.fewest, EARLY=tiles.early, TOGETHER=tiles.together, **constants)
+    decode_split[(splits, heads, tokens)](*args, FEWEST=tiles.fewest, EARLY=tiles.early, **constants)
 
 
 def _of_both(

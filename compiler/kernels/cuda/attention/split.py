@@ -28,6 +28,9 @@ from optc.compiler.kernels.cuda.attention.pages import (
 )
 from optc.compiler.kernels.cuda.primitives import let_next_start, wait_for_producer
 
+FEW_PARTS = tl.constexpr(4)
+"""Parts that are merged by code of their own: loads of more, though not of parts that are there, are waited for."""
+
 
 @triton.jit
 def _merge(
@@ -69,19 +72,6 @@ def _merge(
     tl.store(out + row * DV + feature, result, mask=(row < GROUP) & (feature < DV))
 
 
-@triton.jit
-def load_new(
-    k, v, there, cos, sin, k_norm, eps,
-    D: tl.constexpr, WIDTH: tl.constexpr, DV: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    ROTATED: tl.constexpr, INTERLEAVED: tl.constexpr,
-):  # fmt: skip
-    """The new token's key [1, WIDTH], turned, and value [1, VALUE_WIDTH]; zeros where not `there`."""
-    one = tl.zeros([1], tl.int64)
-    feature = tl.arange(0, VALUE_WIDTH)
-    new_k = load_heads(k, one, (one == 0) & there, cos, sin, k_norm, eps, D, WIDTH, ROTATED, INTERLEAVED)
-    return new_k, tl.load(v + feature, mask=(feature < DV) & there, other=0.0)[None, :]
-
-
 @triton.jit(do_not_specialize=["at_a_time", "table_row"])
 def decode_split(
     q, k, v, k_pool, v_pool, slot_mapping, tables, lengths, starts, position, inv_freq, q_norm, k_norm,
@@ -92,8 +82,7 @@ def decode_split(
     REQUESTS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, GROUP_ROWS: tl.constexpr,
     D: tl.constexpr, WIDTH: tl.constexpr, DV: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ROTATED: tl.constexpr, INTERLEAVED: tl.constexpr,
-    TILE: tl.constexpr, STAGES: tl.constexpr, FEWEST: tl.constexpr, MERGED: tl.constexpr, EARLY: tl.constexpr,
-    TOGETHER: tl.constexpr, PDL: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr, FEWEST: tl.constexpr, MERGED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """See `decode`, which takes the same arguments; the grid is [parts of a pair at most, HEADS, tokens], and
     token i is that of request i.
@@ -156,22 +145,12 @@ def decode_split(
                     q, token * q_token + (head * GROUP + row) * q_head, in_group, cos, sin, q_norm, eps,
                     D, WIDTH, ROTATED, INTERLEAVED,
                 )  # fmt: skip
-                if TOGETHER:
-                    new_k, new_v = load_new(
-                        k + token * k_token + head * k_head, v + token * v_token + head * v_head, has_end, cos, sin, k_norm, eps,
-                        D, WIDTH, DV, VALUE_WIDTH, ROTATED, INTERLEAVED,
+                if has_end:
+                    new_k = load_heads(
+                        k, one + token * k_token + head * k_head, one == 0, cos, sin, k_norm, eps,
+                        D, WIDTH, ROTATED, INTERLEAVED,
                     )  # fmt: skip
-                    top = tl.where(has_end, new_scores(queries, new_k, inner, outer, SOFTCAP), top)
-                    total = tl.where(has_end, 1.0, total)
-                    sums += new_v.to(tl.float32)
-                    if has_end:
-                        keep(k_pool, new_k, slot, head, k_block, k_slot, k_pool_head, D, WIDTH, BLOCK)
-                        keep(v_pool, new_v, slot, head, v_block, v_slot, v_pool_head, DV, VALUE_WIDTH, BLOCK)
-                elif has_end:
-                    new_k, new_v = load_new(
-                        k + token * k_token + head * k_head, v + token * v_token + head * v_head, True, cos, sin, k_norm, eps,
-                        D, WIDTH, DV, VALUE_WIDTH, ROTATED, INTERLEAVED,
-                    )  # fmt: skip
+                    new_v = tl.load(v + token * v_token + head * v_head + feature, mask=in_value, other=0.0)[None, :]
                     keep(k_pool, new_k, slot, head, k_block, k_slot, k_pool_head, D, WIDTH, BLOCK)
                     keep(v_pool, new_v, slot, head, v_block, v_slot, v_pool_head, DV, VALUE_WIDTH, BLOCK)
                     top = new_scores(queries, new_k, inner, outer, SOFTCAP)
@@ -188,8 +167,14 @@ def decode_split(
             part = (pair * tl.num_programs(0) + split) * GROUP_ROWS
             leave_part(partials, statistics, part, row, in_group, sums, top, total, VALUE_WIDTH)
             if tl.atomic_add(arrivals + pair, 1, sem="acq_rel") == last_split:
-                _merge(
-                    target, partials, statistics, pair * tl.num_programs(0), last_split + 1,
-                    GROUP, GROUP_ROWS, DV, VALUE_WIDTH, MERGED,
-                )  # fmt: skip
+                if last_split < FEW_PARTS:
+                    _merge(
+                        target, partials, statistics, pair * tl.num_programs(0), last_split + 1,
+                        GROUP, GROUP_ROWS, DV, VALUE_WIDTH, FEW_PARTS,
+                    )  # fmt: skip
+                else:
+                    _merge(
+                        target, partials, statistics, pair * tl.num_programs(0), last_split + 1,
+                        GROUP, GROUP_ROWS, DV, VALUE_WIDTH, MERGED,
+                    )  # fmt: skip
                 tl.store(arrivals + pair, 0)

@@ -96,34 +96,6 @@ class Product:
     registers: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Direct:
-    """Tile sizes of `product_direct`.
-
-    Attributes:
-        tiles: of 16 rows, that a warp has; gated, half of them are of the gate. A power of two.
-        across: warps of a program that have other rows and the same columns.
-        warps: of a program. split: programs that share the columns.
-        depth: blocks of 128 columns that are loaded ahead.
-        registers: see `Product`.
-    """
-
-    tiles: int
-    across: int
-    warps: int
-    split: int
-    depth: int
-    registers: int = 0
-
-    def block_n(self, gated: bool) -> int:
-        """Results of a program for a token."""
-        return 16 * self.tiles * self.across // (2 if gated else 1)
-
-
-MOST_DIRECT = 16
-"""Tokens that `product_direct` takes."""
-
-
 @dataclass(frozen=True)
 class Tables:
     """What was measured.
@@ -135,7 +107,6 @@ class Tables:
     limits: dict[str, dict[Kind, int]]
     gemv: tuple[tuple[Shape, Gemv], ...]
     product: tuple[tuple[Shape, Product], ...]
-    direct: tuple[tuple[Shape, Direct], ...]
 
 
 @functools.cache
@@ -148,8 +119,7 @@ def parse(content: dict[str, Any]) -> Tables:
     """Tables from their JSON form: a list of records per kernel, each a shape and its `tiles`."""
     gemv = tuple((_shape(record), Gemv(**record["tiles"])) for record in content["gemv"])
     product = tuple((_shape(record), Product(**record["tiles"])) for record in content["product"])
-    direct = tuple((_shape(record), Direct(**record["tiles"])) for record in content["direct"])
-    return Tables(content["limits"], gemv, product, direct)
+    return Tables(content["limits"], gemv, product)
 
 
 def _shape(record: dict[str, Any]) -> Shape:
@@ -179,14 +149,3 @@ def product_tiles(shape: Shape) -> Product:
     """Of the nearest shape."""
     found = (item for item in tables().product if item[0].format == shape.format)
     return min(found, key=lambda item: shape.distance(item[0]))[1]
-
-
-@functools.cache
-def direct_tiles(shape: Shape) -> Direct | None:
-    """Of the nearest shape that `product_direct` is the fastest for; None where one that `product` is measured for is nearer."""
-    if shape.m > MOST_DIRECT:
-        return None
-    found = ((shape.distance(item[0]), item[1]) for item in tables().direct if item[0].format == shape.format)
-    nearest, tiles = min(found, key=lambda item: item[0], default=(math.inf, None))
-    others = (shape.distance(item[0]) for item in tables().product if item[0].format == shape.format)
-    return tiles if nearest <= min(others, default=math.inf) else None

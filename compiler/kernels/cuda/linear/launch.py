@@ -15,11 +15,8 @@ from optc.compiler.kernels.cuda import fused_norm
 from optc.compiler.kernels.cuda.dispatch import dependent_launch, is_capturing
 from optc.compiler.kernels.cuda.linear.call import BITS, Linear
 from optc.compiler.kernels.cuda.linear.configurations import (
-    MOST_DIRECT,
-    Direct,
     Gemv,
     Product,
-    direct_tiles,
     gemv_tiles,
     kind_for,
     product_tiles,
@@ -28,7 +25,6 @@ from optc.compiler.kernels.cuda.linear.dequantized import dequantized
 from optc.compiler.kernels.cuda.linear.finish import finish_rows
 from optc.compiler.kernels.cuda.linear.gemv_float import gemv_float
 from optc.compiler.kernels.cuda.linear.gemv_integer import gemv_integer
-from optc.compiler.kernels.cuda.linear.product_direct import COLUMNS, product_direct
 from optc.compiler.kernels.cuda.linear.product_float import product_float
 from optc.compiler.kernels.cuda.linear.product_integer import product_integer, split_tokens
 from optc.compiler.kernels.cuda.linear.rounded_tokens import multiplies_codes, product_of_codes, rounded
@@ -76,8 +72,6 @@ def fused_linear(
         linear = rounded(linear)
     if kind == "gemv":
         y = gemv(linear, gemv_tiles(linear.shape))
-    elif kind == "product" and (tiles := direct_tiles(linear.shape)) and direct_obstacle(linear) is None:
-        y = direct(linear, tiles)
     elif kind == "product" and product_obstacle(linear, product_tiles(linear.shape)) is None:
         y = product(linear, product_tiles(linear.shape))
     else:
@@ -170,34 +164,6 @@ def product(linear: Linear, tiles: Product) -> Tensor:
         )  # fmt: skip
     else:
         product_float[grid](_normalized(linear), linear.weight, linear.scale, *ends, BLOCK_K=tiles.block_k, **common)
-    return y
-
-
-def direct_obstacle(linear: Linear) -> str | None:
-    """Why `direct` cannot take a linear, or None."""
-    if linear.format not in BITS:
-        return f"a weight of the format '{linear.format}'"
-    if linear.group_size not in (0, COLUMNS.value) or linear.x.shape[1] % COLUMNS.value:
-        return f"groups of {linear.group_size} of {linear.x.shape[1]} columns; it takes {COLUMNS.value} at a time"
-    return f"{linear.x.shape[0]} tokens of {MOST_DIRECT}" if linear.x.shape[0] > MOST_DIRECT else None
-
-
-def direct(linear: Linear, tiles: Direct) -> Tensor:
-    """On the tensor cores as `product`, without shared memory in between."""
-    shape, y = linear.shape, linear.new_result()
-    block_n, eights = tiles.block_n(linear.gated), triton.cdiv(shape.m, 8)
-    grid = (triton.cdiv(shape.n, block_n), tiles.split)
-    partial = arrivals = None
-    if tiles.split > 1:
-        size = grid[0] * tiles.split * (2 if linear.gated else 1) * block_n * 8 * eights
-        partial, arrivals = torch.empty(size, dtype=torch.float32, device=y.device), _arrivals(y.device)
-    product_direct[grid](
-        *_split_tokens(linear), linear.weight.view(torch.int8), linear.scale, linear.zero, linear.bias, linear.residual,
-        y, partial, arrivals, shape.m, shape.n,
-        K=shape.k, BITS=BITS[linear.format], GROUP=linear.group_size, ACTIVATION=linear.activation, GATED=linear.gated,
-        EIGHTS=eights, TILES=tiles.tiles, ACROSS=tiles.across, WARPS=tiles.warps, SPLIT=tiles.split, DEPTH=tiles.depth,
-        NATIVE=y.is_cuda, **_options(y, tiles.warps, tiles.registers),
-    )  # fmt: skip
     return y
 
 

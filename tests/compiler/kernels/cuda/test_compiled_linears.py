@@ -25,7 +25,6 @@ def test_the_tables_tiles_fit_in_registers() -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     assert {name: (kernel["stack"], kernel["instructions"]) for name, kernel in found.items()} == {
         **dict.fromkeys(("gemv", "unrolled"), (0, ["ACQBULK", "IDP", "PREEXIT"])),
-        "direct": (0, ["ACQBULK", "IMMA", "PREEXIT"]),
         "product": (0, ["ACQBULK", "IGMMA", "PREEXIT"]),
         **dict.fromkeys(("norm", "bytes", "nibbles"), (0, ["ACQBULK", "PREEXIT"])),
     }
