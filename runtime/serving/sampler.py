@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 
 from optc.compiler.diagnostics import GateError, InputError
 from optc.compiler.ops.dialect.sampling import NO_TOKEN
@@ -143,8 +144,7 @@ def sampler_of(request: Generate, grammars: Grammars | None) -> RequestSampler |
 
 def choose(logits: Logits, samplers: Sequence[RequestSampler | None]) -> Ints:
     """The next token of each row of logits [R, V], by its sampler, or the largest; `NO_TOKEN` where they are not finite."""
-    best = logits.argmax(axis=1)
-    tokens = np.where(np.isfinite(logits[np.arange(len(best)), best]), best, NO_TOKEN)
+    tokens: Ints = torch.ops.optc.argmax(torch.from_numpy(logits)).numpy()
     for row, sampler in enumerate(samplers):
         if sampler is not None:
             tokens[row] = sampler.choose(logits[row])

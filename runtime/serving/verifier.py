@@ -24,7 +24,7 @@ from optc.runtime.serving.grammar import Bits, GrammarState
 from optc.runtime.serving.open_choice import masked
 from optc.runtime.serving.plan import Chosen, Plan
 from optc.runtime.serving.rows import Ints, Kind, Rows
-from optc.runtime.serving.sampler import RequestSampler, SamplerOf, choose
+from optc.runtime.serving.sampler import RequestSampler, SamplerOf
 from optc.runtime.speculative.acceptance import NOT_DRAFTED, Cuts, accept, accept_tree, decide
 
 
@@ -99,8 +99,6 @@ class Verifier:
 
     def _decide(self, logits: Tensor, held: Sequence[_Held]) -> Tensor:
         scores = logits.float()
-        if not held and scores.device.type == "cpu":
-            return torch.from_numpy(choose(scores.numpy(), ()))  # a thirtieth of the time of the operator
         if not held:
             found: Tensor = torch.ops.optc.argmax(scores)
             return found

@@ -143,6 +143,7 @@ def test_greedy_and_rows_without_a_token() -> None:
     logits = torch.tensor([[1.0, 4.0, 4.0], [1.0, float("nan"), 2.0], [1.0, float("inf"), 2.0], [-float("inf")] * 3])
     logits = torch.cat([logits, torch.tensor([[-float("inf"), -3.0, -4.0]])])
     assert _optc.argmax(logits).tolist() == [1, NO_TOKEN, NO_TOKEN, NO_TOKEN, 1]
+    assert _optc.argmax(logits.bfloat16().T.contiguous().T.requires_grad_()).tolist() == [1, *[NO_TOKEN] * 3, 1]
     tokens, logprobs = sample(logits, 0.0)
     assert tokens.tolist() == [1, NO_TOKEN, NO_TOKEN, NO_TOKEN, 1]
     assert torch.isnan(logprobs).tolist() == [False, True, True, True, False]
