@@ -61,6 +61,10 @@ class Places:
         """Whether a token of a row was chosen that the host has not."""
         return bool(self.rows.fed[row] >= self.rows.known[row])
 
+    def read_late(self, request: Request) -> None:
+        """Its next token is one of the row where it is now, wherever it may be when that is read."""
+        self.late[request.row, int(self.rows.serial[request.row])] = request
+
     def enter(self, request: Request, found: int) -> None:
         """A request that the pool has begun gets a row; so many of its tokens are there."""
         row = self.rows.take(
@@ -99,7 +103,7 @@ class Places:
             if request is None:
                 continue
             if self.unread(row):
-                self.late[row, int(self.rows.serial[row])] = request
+                self.read_late(request)
             new = self.rows.move(row)
             self._at[row], self._at[new], request.row = None, request, new
             self.filling = {new if other == row else other: None for other in self.filling}
@@ -108,18 +112,14 @@ class Places:
 
     # -- blocks -----------------------------------------------------------------------------
 
-    def missing(self, row: int, slots: int) -> int:
-        """Blocks that a row misses for so many tokens; less than 0 where it has more."""
-        return -(-slots // self.manager.block_size) - int(self.rows.owned[row])
-
-    def blocks_for(self, rows: Ints, slots: Ints) -> int:
-        """Blocks that these rows miss for so many tokens of each, more than they have room for."""
+    def missing(self, rows: Ints | int, slots: Ints | int) -> int:
+        """Blocks that these rows, or this one, miss together for so many tokens of each; less than 0 where they have more."""
         return int((-(-slots // self.manager.block_size) - self.rows.owned[rows]).sum())
 
     def promised(self) -> int:
         """Blocks that the rest of running prompts needs."""
         filling = np.fromiter(self.filling, np.int64)
-        return self.blocks_for(filling, self.rows.known[filling])
+        return self.missing(filling, self.rows.known[filling])
 
     def grow(self, row: int, slots: int) -> None:
         """Room for so many tokens of a row, for which enough blocks are free."""

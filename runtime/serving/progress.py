@@ -55,7 +55,7 @@ class Progress:
         self.counts.preemptions += 1
         request.tokens = self._rows.tokens(row)
         if places.unread(row) and request not in places.late.values():  # it may have moved just before
-            places.late[row, int(self._rows.serial[row])] = request
+            places.read_late(request)
         places.commit_fed(row)
         self._release(request)
         self._wait(request)
@@ -65,7 +65,7 @@ class Progress:
         rows, places = self._rows, self._places
         for row in np.flatnonzero(rows.decoding & (rows.fed >= rows.end - 1)).tolist():
             request = places.at(row)
-            places.late[row, int(rows.serial[row])] = request
+            places.read_late(request)
             request.tokens = rows.tokens(row)
             places.commit(row, len(request.tokens) - 1)  # what is fed last may turn out not to be finite
             self._release(request)

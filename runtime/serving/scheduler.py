@@ -162,7 +162,7 @@ class Scheduler:
         full, slots = ready[short], wanted[short]
         if not len(full):
             return ready
-        if places.blocks_for(full, slots) <= self.manager.free_blocks:
+        if places.missing(full, slots) <= self.manager.free_blocks:
             places.grow_all(full, slots)
             return ready
         wishes = dict(zip(full.tolist(), slots.tolist(), strict=True))
@@ -183,7 +183,7 @@ class Scheduler:
         wanted = np.minimum(fed + steps - 1 + self._ahead, end - 1) + 1
         short = wanted > room
         full, slots = decodes[short], wanted[short]
-        if self.places.blocks_for(full, slots) > self.manager.free_blocks:
+        if self.places.missing(full, slots) > self.manager.free_blocks:
             return min(steps, int((room - self._ahead - fed)[room < end].min()))
         self.places.grow_all(full, slots)
         return steps
