@@ -7,8 +7,8 @@
     python benchmarks/speculative.py --quant int4 --methods eagle3 --draft-tokens 2 --parts "unseen books"
     python benchmarks/speculative.py --methods eagle3 --parts equality --from 40 --to 60    # some of the prompts
 
-fiction-26m in float32, or with --quant int4 both models in groups of 128 codes (rows "eagle3 int4" and so on, with
---draft-tokens "eagle3 int4 2"): an `inductor-cpu` artifact with a paged cache; fiction-3m and the draft model of
+fiction-26m in float32, or with --quant int4 both models in groups of 128 codes, 64 beside fiction-3m, whose width is 192
+(rows "eagle3 int4" and so on, with --draft-tokens "eagle3 int4 2"): an `inductor-cpu` artifact with a paged cache; fiction-3m and the draft model of
 examples/fiction-26m-eagle3 draft for it, each in one artifact with it; heads draft in an artifact of their own, whose plain
 steps compute them too, in chains (`medusa`) and in trees of 16 guesses (`medusa-tree`).
 
@@ -131,7 +131,8 @@ def artifacts(given: argparse.Namespace, place: Path, models: Path, name: str) -
         own = f"{name}-{method}" if f"{name}-{method}" in options else name
         found[method] = place / (own if given.quant == "none" else f"{own}-{given.quant}")
         if not found[method].exists():
-            compiled(models / name, found[method], options[own] | (INT4 if given.quant == "int4" else {}))
+            int4 = INT4 | ({"group_size": 64} if method == "draft" else {})
+            compiled(models / name, found[method], options[own] | (int4 if given.quant == "int4" else {}))
     return found
 
 
