@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import EXAMPLE
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.export import ExportedProgram
 
 import optc
+from optc.compiler import compat
 
 _PLACE: list[Path] = []
 
@@ -70,3 +75,23 @@ def _shorten(folder: Path, layers: int) -> None:
     tensors = load_file(made / "model.safetensors")
     kept = {name: item for name, item in tensors.items() if ".layers." not in name or name.startswith(left)}
     save_file(kept, made / "model.safetensors", metadata={"format": "pt"})
+
+
+def packages_of_equal_graphs_once(patch: pytest.MonkeyPatch) -> list[str]:
+    """While the patch holds, AOTInductor compiles equal graphs once: code follows from the graph, the options and the few
+    numbers that Inductor writes into it. The list grows by what each package was compiled for."""
+    compiled, kept, asked = compat.aoti_compile, dict[str, bytes](), list[str]()
+
+    def compile_once(exported: ExportedProgram, configs: dict[str, Any]) -> bytes:
+        graph = exported.graph_module.print_readable(print_output=False, include_stride=True)
+        tensors = sorted({**exported.state_dict, **exported.constants}.items())
+        small = [(name, item.tolist()) for name, item in tensors if isinstance(item, Tensor) and item.numel() <= 64]
+        told = repr((graph, exported.graph_signature, exported.range_constraints, small, configs))
+        key = hashlib.sha256(told.encode()).hexdigest()
+        if key not in kept:
+            kept[key] = compiled(exported, configs)
+        asked.append(key)
+        return kept[key]
+
+    patch.setattr(compat, "aoti_compile", compile_once)
+    return asked

@@ -14,7 +14,7 @@ from command_line import optc, optc_json
 from conftest import EXAMPLE, ROOT
 from hf_folders import rename_token
 from medusa_heads import write_heads
-from once import short_artifact, short_example
+from once import packages_of_equal_graphs_once, short_artifact, short_example
 from prometheus_client.parser import text_string_to_metric_families
 from serving import run
 from training_runs import small_model
@@ -48,6 +48,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert COMMANDS[0] == "compile examples/fiction-3m --target inductor-cpu --kv-cache paged -o out/fiction-paged"
     (folder / "out" / "fiction-paged").symlink_to(short_artifact("inductor-cpu", kv_cache="paged"))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def packages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Where a model drafts for itself, and where a draft model is compiled twice, the second package is the first."""
+    return packages_of_equal_graphs_once(monkeypatch)
 
 
 @pytest.mark.parametrize("command", RUNS)
@@ -240,12 +246,19 @@ def test_what_is_refused(place: Path, tmp_path: Path, capsys: Capture) -> None:
         assert message in capsys.readouterr().err
 
 
+def test_an_artifact_that_cannot_verify(capsys: Capture) -> None:
+    artifact = short_artifact("onnx-cpu")
+    for args in (("run", artifact, "--prompt", "Once"), ("bench", artifact, "--text", EXAMPLE.parent / "book.txt")):
+        assert optc(*args, "--speculative", "ngram") == 4
+        assert "the artifact cannot verify drafts" in capsys.readouterr().err
+
+
 def test_the_page_trains_and_runs_a_draft_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    tmp_path: Path, packages: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """Its commands, on a smaller model and for a few steps; and what is refused of the artifacts that they make."""
     monkeypatch.chdir(tmp_path)
-    small = small_model(tmp_path / "examples" / "fiction-3m", layers=4, vocabulary=8192)
+    small = small_model(tmp_path / "examples" / "fiction-3m", layers=3, vocabulary=8192)
     shutil.copyfile(EXAMPLE / "tokenizer.json", small / "tokenizer.json")
     (tmp_path / "examples" / "book.txt").write_text((EXAMPLE.parent / "book.txt").read_text()[:20_000])
     short = ("--max-steps", "2", "--set", "seq_len=32", "--set", "batch_size=2", "--set", "eagle3.draft_vocab_size=100")
@@ -257,6 +270,8 @@ def test_the_page_trains_and_runs_a_draft_model(
         code, (out, err) = optc(*words, *more), capsys.readouterr()
         assert code == 0, err
         texts += [out] if words[0] == "run" else []
+    model, first, second = packages
+    assert model != first == second
     states, draft = "out/fiction-eagle3", "out/eagle3-paged"
     plain = optc_json(capsys, "run", states, "--prompt", "Once", "--max-new-tokens", "12")
     own, other = map(json.loads, texts)
