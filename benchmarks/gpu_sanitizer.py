@@ -5,7 +5,8 @@
 
 Each file of tests/compiler/kernels/cuda runs in a process of its own. memcheck sees an access outside of a tensor only
 where each tensor is an allocation of its own, so PyTorch's cache is off. A row whose tests fail, or whose process dies or
-outlasts `--seconds`, is no clean row, whatever the sanitizer says. Exit code 1 where a row is not clean.
+outlasts `--seconds`, is no clean row, whatever the sanitizer says. Tests that need the cache (marked keeps_memory) are left out.
+Exit code 1 where a row is not clean.
 
 Needs a GPU whose driver lets tools attach (virtual machines of some kinds do not), and compute-sanitizer from the CUDA
 toolkit on the PATH or at --sanitizer.
@@ -25,11 +26,16 @@ from typing import Any
 from common import ROOT, record
 
 TESTS = ROOT / "tests" / "compiler" / "kernels" / "cuda"
-TOOLS = ("memcheck", "racecheck")
+REPORTS = {"memcheck": ("--report-api-errors", "no"), "racecheck": ()}
+"""Tools, and what they are to leave out: calls of the driver that PyTorch asks and that answer no."""
+TOOLS = tuple(REPORTS)
 _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)")
-_COUNT = re.compile(r"(\d+) (passed|failed|error|skipped)s?(?=,| in )")
-"""Of pytest's last line."""
-_FINDING = re.compile(r"^=+ (?=.*(?:Invalid|hazard|Error|Race|leak))(.*)$", re.MULTILINE)
+_LAST = re.compile(r"^.*\b\d+ (?:passed|failed|errors?|skipped)\b.* in [\d.]+s.*$", re.MULTILINE)
+"""Pytest's last line."""
+_COUNT = re.compile(r"(\d+) (passed|failed|error|skipped)")
+_FINDING = re.compile(r"^=+ (?!.*SUMMARY)(?=.*(?:Invalid|hazard|Error|Race|leak))(.*)$", re.MULTILINE)
+_FAILED = re.compile(r"^FAILED (\S+)", re.MULTILINE)
+_SHOWN = 12
 
 
 def outcome(output: str, code: int | None) -> dict[str, Any]:
@@ -39,20 +45,24 @@ def outcome(output: str, code: int | None) -> dict[str, Any]:
         code: of its exit; None where it was stopped.
 
     Returns:
-        {"findings": count or None without a summary, "first": lines, "tests": {"passed": n, ...}, "clean": bool}.
+        {"findings": count or None without a summary, "first": lines, "tests": {"passed": n, ...}, "failed": names, "exit": code,
+        "clean": bool}.
     """
     summaries = [int(number) for number in _SUMMARY.findall(output)]
     tests: dict[str, int] = {}
-    for number, word in _COUNT.findall(output):
+    for number, word in _COUNT.findall((_LAST.findall(output) or [""])[-1]):
         tests[word] = int(number)
     findings = sum(summaries) if summaries else None
     clean = findings == 0 and code == 0 and tests.get("passed", 0) > 0 and not tests.keys() & {"failed", "error"}
-    return {"findings": findings, "first": _FINDING.findall(output)[:5], "tests": tests, "exit": code, "clean": clean}
+    first = list(dict.fromkeys(_FINDING.findall(output)))[:_SHOWN]
+    failed = _FAILED.findall(output)
+    return {"findings": findings, "first": first, "tests": tests, "failed": failed, "exit": code, "clean": clean}
 
 
 def run(sanitizer: str, tool: str, file: Path, seconds: int) -> dict[str, Any]:
     """One file's tests under one tool."""
-    command = [sanitizer, "--tool", tool, "--target-processes", "all", sys.executable, "-m", "pytest", str(file)]
+    options = ["--tool", tool, "--target-processes", "all", *REPORTS[tool]]
+    command = [sanitizer, *options, sys.executable, "-m", "pytest", "-m", "not keeps_memory", str(file)]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
         done = subprocess.run(

@@ -5,27 +5,30 @@
 
 Both are open at the same time and measured in turns, each through its own engine in its own process: `serve` is 256
 requests of 128 tokens in and 128 out, `lognormal` 500 whose lengths are lognormal (median 128, sigma 0.8, 8 to 1024), all
-there at the start, greedy, without an end; prompts differ from round to round. `decode` is one request: the time of 256
-tokens more than 16, behind a prompt. vLLM captures its graphs and compiles, as it does by default; its 4-bit folder has
-random codes in the layout that `optc quantize` writes. SITE is a folder that holds vLLM.
+there at the start, greedy, without an end; requests differ from round to round, and are the same for both. `decode` is
+one request: the time of 256 tokens more than 16, behind a prompt. vLLM captures its graphs and compiles, as it does by default; its 4-bit folder has
+random codes in the layout that `optc quantize` writes. SITE is a folder that holds vLLM. Figures of
+earlier runs that are not measured again stay in the record, each with its date and commit.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import LLAMA_8B, OPEN_GATE, interleave, random_llama, ratio, record
+from common import LLAMA_8B, OPEN_GATE, RESULTS, commit, interleave, random_llama, ratio, record
 from gpu_serve import network, open_session, serve, settle, traffic
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -39,6 +42,7 @@ from optc.runtime.serving.engine_options import EngineOptions
 from optc.runtime.serving.paged_engine import PagedEngine
 
 Work = list[tuple[list[int], int]]
+Rounds = dict[str, Iterator[int]]
 GROUP = 128
 CONTEXT = 8192
 SHORT, LONG = 16, 272
@@ -150,13 +154,16 @@ def measure(variant: str, peer: VllmPeer, given: argparse.Namespace) -> dict[str
     engine = PagedEngine(session.model, options, DeviceRunner)
     settle()
     for name in given.traffic:
+        rounds: Rounds = {"optc": itertools.count(), "vllm": itertools.count()}  # the same requests for both
 
-        def ours_serves(name: str = name) -> float:
-            rate: float = serve(engine, work_of(name, vocabulary, next(seeds)), Sampling())["output_tokens_per_s"]
+        def ours_serves(name: str = name, rounds: Rounds = rounds) -> float:
+            rate: float = serve(engine, work_of(name, vocabulary, next(rounds["optc"])), Sampling())[
+                "output_tokens_per_s"
+            ]
             return rate
 
-        def theirs_serves(name: str = name) -> float:
-            work = work_of(name, vocabulary, next(seeds))
+        def theirs_serves(name: str = name, rounds: Rounds = rounds) -> float:
+            work = work_of(name, vocabulary, next(rounds["vllm"]))
             found = peer.ask("serve", prompts=[row for row, _ in work], counts=[count for _, count in work])
             return sum(map(len, found["tokens"])) / float(found["seconds"])
 
@@ -170,8 +177,10 @@ def measure(variant: str, peer: VllmPeer, given: argparse.Namespace) -> dict[str
 
 
 def compared(rates: dict[str, list[float]]) -> dict[str, Any]:
-    """Medians and the ratio with its interval."""
+    """Medians and the ratio with its interval, when and of which commit."""
     return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
         "tokens_per_s": {name: statistics.median(values) for name, values in rates.items()},
         "optc_over_vllm": ratio(rates["optc"], rates["vllm"]),
         "rounds": rates,
@@ -195,7 +204,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/dev/shm/gpu_vllm"))
     given = parser.parse_args()
     given.until, given.small, given.shape, given.device = time.perf_counter() + given.budget_s, False, "8b", "cuda"
-    results: dict[str, Any] = {}
+    earlier = RESULTS / "gpu_vllm.json"
+    results: dict[str, Any] = json.loads(earlier.read_text())["variants"] if earlier.exists() else {}
     given.work.mkdir(parents=True, exist_ok=True)
     for variant in given.variants:
         dense = variant == "bf16"
@@ -211,7 +221,8 @@ def main() -> None:
         }
         with VllmPeer(given.vllm, folder, options, given.work / f"{variant}.log").wait() as peer:
             print(variant, "vLLM", peer.version, "open after", peer.seconds, flush=True)
-            results[variant] = {"vllm": peer.version, "vllm_open_s": peer.seconds, **measure(variant, peer, given)}
+            opened = {"vllm": peer.version, "vllm_open_s": peer.seconds}
+            results[variant] = results.get(variant, {}) | opened | measure(variant, peer, given)
         gc.collect()
         torch.cuda.empty_cache()
     from gpu_timing import card

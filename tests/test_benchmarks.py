@@ -36,6 +36,7 @@ def test_imports_resolve(file: Path) -> None:
             False,
             2,
         ),
+        ("3 passed in 9.10s\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", 0, True, 0),
         ("1 failed, 3 passed in 9s\n========= ERROR SUMMARY: 0 errors\n", 1, False, 0),
         ("3 skipped in 9s\n========= ERROR SUMMARY: 0 errors\n", 0, False, 0),
         ("3 passed in 9s\n", 0, False, None),

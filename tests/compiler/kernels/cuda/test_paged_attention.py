@@ -261,6 +261,7 @@ def test_long_prompts(dtype: torch.dtype, window: int) -> None:
     check(case, turns(case, 64, norm=True), strided=True)
 
 
+@pytest.mark.keeps_memory
 @pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=ON_GPU)])
 def test_ops_run_the_kernels(dtype: torch.dtype) -> None:
     """Through the dispatcher, captured in a CUDA graph and replayed with other lengths."""
