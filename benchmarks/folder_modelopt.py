@@ -2,8 +2,10 @@
 
 ModelOpt has no loader of its own for folders of others; it quantizes what transformers has loaded. Its modules do not go
 around compressed-tensors' quantized linears (measured with 0.47 and 0.20: they call each other without end), so the folder
-is loaded with its weights made dense, and what the folder's config says of inputs, keys and values is done by ModelOpt's
-quantizers, with the folder's scales where these are calibrated. It computes in float32.
+is loaded with its weights made dense by the library, of scales in float32, and what the folder's config says of inputs,
+keys and values is done by ModelOpt's quantizers, with the folder's scales where these are calibrated. It computes in
+float32. (Transformers, asked to dequantize, makes weights in the type of the stored scales: of bfloat16 it moved a
+perplexity of 3281.95 to 3285.42.)
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from folder_peers import ERRORS, loaded, perplexity_of, settings_of, tensors_of
+from folder_peers import ERRORS, dense_model, loaded, perplexity_of, settings_of, tensors_of
 from modelopt_peer import BACKEND, PackedFp4
 
 _E4M3, _E2M1 = 448.0, 6.0
@@ -25,11 +27,13 @@ def by_modelopt(folder: Path, rows: list[list[int]]) -> dict[str, Any]:
     from modelopt.torch.quantization.nn import register_quant_backend
 
     register_quant_backend(BACKEND, PackedFp4())
+    settings = settings_of(folder) or {}
     try:
-        model = loaded(folder, dense=True)
+        compressed = settings.get("quant_method") == "compressed-tensors"
+        model = dense_model(folder, scales=torch.float32) if compressed else loaded(folder, dense=True)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            model = mtq.quantize(model, {"quant_cfg": _rules(settings_of(folder) or {}), "algorithm": None})
+            model = mtq.quantize(model, {"quant_cfg": _rules(settings), "algorithm": None})
             _calibrated(model, folder)
             return {"perplexity": perplexity_of(model, rows)}
     except (*ERRORS, AssertionError) as error:

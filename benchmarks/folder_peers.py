@@ -1,7 +1,7 @@
 """Perplexity of a quantized model folder as other libraries on a CPU read it: rows beside `vllm_folders.py`'s own.
 
 `transformers` loads the folder by itself: compressed-tensors makes its quantized linears, which round inputs. `library`
-takes compressed-tensors' own decompression of each linear into an unquantized model of transformers, whose inputs stay as
+puts compressed-tensors' own decompression of each linear into an unquantized model of transformers, whose inputs stay as
 they are. Both compute in float32.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 from quant_engines import perplexity
 from safetensors import safe_open
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
 ERRORS = (ImportError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError)
 """What libraries raise over a folder that they do not take."""
@@ -49,34 +51,59 @@ def loaded(folder: Path, *, dense: bool) -> Any:
     return model.float() if dense else model  # dequantized FP8 is bf16
 
 
-def by_library(folder: Path, source: Path, rows: list[list[int]]) -> dict[str, Any]:
-    """By compressed-tensors' decompression of each linear, in a model made of the source's config."""
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationConfig
-    from transformers import AutoModelForCausalLM
-
+def by_library(folder: Path, rows: list[list[int]]) -> dict[str, Any]:
+    """By compressed-tensors' decompression of each linear, whose weights have the type of the folder's scales."""
     settings = settings_of(folder)
     if settings is None or settings["quant_method"] != "compressed-tensors":
         return {"not run": "the library reads its own layout alone"}
-    schemes: Any = QuantizationConfig.model_validate(copy.deepcopy(settings))
-    held = tensors_of(folder)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     try:
-        for name, module in model.named_modules():
-            parts = {
-                key.removeprefix(f"{name}."): held.pop(key) for key in list(held) if key.rpartition(".")[0] == name
-            }
-            if not isinstance(module, nn.Linear) or set(parts) <= {"weight", "bias"}:
-                _take(module, parts)
-                continue
-            scheme = _scheme(schemes, name)
-            compressor = BaseCompressor.get_value_from_registry(scheme.format or schemes.format)
-            bias = {key: parts.pop(key) for key in ("bias",) if key in parts}
-            _take(module, {"weight": compressor.decompress(parts, scheme)["weight"], **bias})
+        return {"perplexity": perplexity_of(dense_model(folder, scales=None), rows)}
     except ERRORS as error:
         return {"error": f"{type(error).__name__}: {error}"[:300]}
-    left = [name for name in held if not name.endswith(("k_scale", "v_scale"))]
-    return {"error": f"no place for {left[0]}"} if left else {"perplexity": perplexity_of(model, rows)}
+
+
+def dense_model(folder: Path, *, scales: torch.dtype | None) -> Any:
+    """A folder of compressed-tensors as a plain model of transformers in float32.
+
+    Args:
+        scales: the type that scales get first. The library makes weights in the type of their scales (blocks of 4-bit
+            floats in bfloat16 whatever it is), so with scales of bfloat16 it rounds each weight; None leaves them.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config: Any = AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    with tempfile.TemporaryDirectory() as place:
+        save_file(_decompressed(folder, scales), Path(place) / "model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(place)
+        model, said = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
+    if wrong := [*said["unexpected_keys"], *said["missing_keys"], *said["mismatched_keys"]]:
+        raise ValueError(f"{wrong[0]} is missing or has no place")
+    return model.eval()
+
+
+def _decompressed(folder: Path, scales: torch.dtype | None) -> dict[str, Tensor]:
+    """The tensors of a folder under their names, with each linear's weight as the library makes it."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    schemes: Any = QuantizationConfig.model_validate(copy.deepcopy(settings_of(folder)))
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors_of(folder).items():
+        module, _, part = name.rpartition(".")
+        if part not in ("k_scale", "v_scale"):
+            modules.setdefault(module, {})[part] = tensor
+    out: dict[str, Tensor] = {}
+    for name, parts in modules.items():
+        if parts.keys() & {"weight_scale"}:
+            scheme = _scheme(schemes, name)
+            if scales is not None and parts["weight_scale"].dtype in (torch.bfloat16, torch.float16):
+                parts["weight_scale"] = parts["weight_scale"].to(scales)
+            compressor = BaseCompressor.get_value_from_registry(scheme.format or schemes.format)
+            bias = {key: parts.pop(key) for key in ("bias",) if key in parts}
+            parts = {"weight": compressor.decompress(parts, scheme)["weight"].contiguous(), **bias}
+        out |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+    return out
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
@@ -102,14 +129,6 @@ def _scheme(schemes: Any, name: str) -> Any:
     """The scheme whose targets name a linear, or its class."""
     groups = list(schemes.config_groups.values())
     return next((group for group in groups if name in group.targets), groups[0])
-
-
-def _take(module: nn.Module, parts: dict[str, Tensor]) -> None:
-    for key, tensor in parts.items():
-        held = getattr(module, key, None)
-        if isinstance(held, Tensor):
-            with torch.no_grad():
-                held.copy_(tensor)
 
 
 def settings_of(folder: Path) -> dict[str, Any] | None:

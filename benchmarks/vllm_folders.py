@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -37,7 +38,9 @@ from safetensors.torch import load_file, save_file
 from vllm_peer import VllmPeer
 
 import optc
+from optc.compiler.version import version_of
 from optc.runtime.generation.tokenizer import load_tokenizer
+from optc.runtime.measuring.benchmark import environment
 from optc.runtime.measuring.speculation import cut_prompts
 from optc.runtime.sessions.program import open_program
 
@@ -77,8 +80,10 @@ MAKING = Lock()
 OPTIONS: dict[str, dict[str, Any]] = {"fp8 kv-fp8": {"kv_cache_dtype": "fp8"}}
 """Of vLLM, beside those of `ENGINE`: it stores keys and values in FP8 only when told to."""
 PARTS = ["make", "vllm", "here", "transformers", "library", "modelopt"]
-SIDES = {"commit": {"vllm"}, "cpu_commit": set(PARTS) - {"make", "vllm"}}
-"""What a row calls the commit of the parts that ran: those on a GPU, and those on a CPU."""
+SIDES = {"": {"vllm"}, "cpu_": set(PARTS) - {"make", "vllm"}}
+"""Prefixes of commit, date and environment of the parts that ran: those on a GPU, and those on a CPU."""
+LIBRARIES = ("transformers", "compressed-tensors", "nvidia-modelopt")
+"""What the CPU's columns depend on beside torch."""
 WINDOW = 512
 ENGINE = {"enforce_eager": True, "dtype": "bfloat16", "kv_cache_memory_bytes": 1 << 30, "max_model_len": 2 * WINDOW}
 """Of vLLM. It is told what its cache may take: measured beside engines that come and go, there would be none left."""
@@ -182,6 +187,25 @@ def made_and_loaded(name: str, place: Path, rows: list[list[int]], given: argpar
         return {"vllm": {"error": str(error)[-1500:]}}
 
 
+def sides_of(parts: list[str]) -> list[str]:
+    """The prefixes of the sides that ran."""
+    return [side for side, own in SIDES.items() if not own.isdisjoint(parts)]
+
+
+def environments(parts: list[str]) -> dict[str, Any]:
+    """`environment`, vLLM's, and `cpu_environment`: this machine's for the sides that ran, the kept one for the other."""
+    path = RESULTS / "vllm_folders.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    here = environment(1)
+    found = {name: version for name in LIBRARIES if (version := version_of(name))}
+    sides = {"": here, "cpu_": here | {"versions": here["versions"] | found}}
+    ran = sides_of(parts)
+    every = {
+        f"{side}environment": what if side in ran else kept.get(f"{side}environment") for side, what in sides.items()
+    }
+    return {name: what for name, what in every.items() if what is not None}
+
+
 def main() -> None:
     """Quantize, load on both sides, record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -216,15 +240,16 @@ def main() -> None:
                 if "transformers" in given.parts and "refused" not in figures:
                     figures["transformers"] = by_transformers(folder_of(name, place), rows)
                 if "library" in given.parts and "refused" not in figures and name != "source":
-                    source = upcycled(place) if name.startswith("moe") else SOURCE
-                    figures["library"] = by_library(folder_of(name, place), source, rows)
+                    figures["library"] = by_library(folder_of(name, place), rows)
                 if "modelopt" in given.parts and "refused" not in figures:
                     figures["modelopt"] = by_modelopt(folder_of(name, place), rows)
-                figures |= {side: commit() for side, parts in SIDES.items() if not parts.isdisjoint(given.parts)}
+                for side in sides_of(given.parts):
+                    figures |= {f"{side}commit": commit(), f"{side}date": datetime.now(UTC).date().isoformat()}
                 print(name, json.dumps(figures), flush=True)
                 kept.write_text(json.dumps(found))
     print(table(found))
-    record("vllm_folders", {"model": "fiction-26m", "windows": given.windows, "window": WINDOW, "schemes": found}, 1)
+    result = {"model": "fiction-26m", "windows": given.windows, "window": WINDOW, "schemes": found}
+    record("vllm_folders", environments(given.parts) | result, 1)
 
 
 if __name__ == "__main__":
