@@ -60,6 +60,7 @@ ROWS = (
     Row("smoothquant", "smoothquant", 8, True, 0),
     Row("smoothquant folder", "smoothquant", 8, True, 0, folder=True),
     Row("smoothquant-mixed folder", "smoothquant-mixed", 8, True, 0, folder=True),
+    Row("smoothquant-rotated folder", "smoothquant-rotated", 8, True, 0, folder=True),
     Row("rotate+smoothquant", "rotate+smoothquant", 8, True, 0),
     Row("rotate+smoothquant folder", "rotate+smoothquant", 8, True, 0, folder=True),
     Row("w4a8", "w4a8", 4, True),

@@ -51,6 +51,7 @@ class Method:
         layouts: of quantized folders, those that hold its weights, () where none does; None: all that hold integers of
             its bits.
         wide_scales: its scales are float32 numbers; those of the others are float16 ones, where these can hold them.
+        rotates: the folder says how its loader rotates inputs, where other methods leave such rotations out.
     """
 
     summary: str
@@ -61,6 +62,7 @@ class Method:
     group_size: int | None = None
     layouts: tuple[str, ...] | None = None
     wide_scales: bool = False
+    rotates: bool = False
 
     @property
     def own_group_size(self) -> int | None:
@@ -158,6 +160,14 @@ METHODS: dict[str, Method] = {
         _smoothquant_mixed,
         bits=8,
         fixed=True,
+    ),
+    "smoothquant-rotated": Method(
+        "W8A8 of smoothquant with its rotations, which vLLM computes by the folder's transform_config; transformers does not",
+        _smoothquant,
+        bits=8,
+        fixed=True,
+        layouts=(compressed_tensors.METHOD,),
+        rotates=True,
     ),
     "rotate+rtn": Method("the residual stream and heads rotated offline, then rounded to nearest", _rotated(_rtn)),
     "rotate+gptq": Method("the residual stream and heads rotated offline, then GPTQ", _rotated(_gptq)),
@@ -288,8 +298,9 @@ def quantization_steps(
     """
     if chosen is None:
         return []
-    passes = METHODS[chosen.method].passes(chosen)
-    passes = [item for item in passes if rotations or not isinstance(item, RotateInputs)]
+    method = METHODS[chosen.method]
+    passes = method.passes(chosen)
+    passes = [item for item in passes if rotations or method.rotates or not isinstance(item, RotateInputs)]
     passes = [replace(item, choices=tuple(choices)) if isinstance(item, QuantizeAuto) else item for item in passes]
     return [Step(item, optional=not (item.lossy or isinstance(item, RotateResidual))) for item in passes]
 

@@ -27,7 +27,7 @@ from optc.compiler.ir.surgery import add_weight, drop_dead, insert_call, replace
 from optc.compiler.model_folder.checkpoint import match_names
 from optc.compiler.model_folder.quantized import QuantizedFolder
 from optc.compiler.rewriting.key_values import round_key_values
-from optc.compiler.rewriting.rounded_inputs import rounded_input
+from optc.compiler.rewriting.rounded_inputs import rotated_input, rounded_input
 from optc.compiler.rewriting.weights import prune_contract, record_weight
 
 _optc = torch.ops.optc
@@ -55,6 +55,7 @@ def restore_codes(
             pieces.setdefault(_label(rows.weight, rows.expert), []).append(piece)
     made: dict[str, Node] = {}
     inputs: dict[tuple[Node, str, float], Node] = {}
+    turned: dict[tuple[Node, int], Node] = {}
     ordered: dict[tuple[Node, bytes], Node] = {}
     with torch.no_grad():
         for node in list(edited.graph.nodes):
@@ -68,7 +69,7 @@ def restore_codes(
             weight = joined(read, f"{folder.reader.folder}: {shown(held)}")
             if name not in made:
                 made[name] = _dequantized(edited, site, name, held, weight, folder.method)
-            _read_codes(edited, site, name, made[name], weight, inputs, ordered)
+            _read_codes(edited, site, name, made[name], weight, inputs, ordered, turned)
     left = [name for name in edited.weight_names().values() if names.get(name) in modules and _is_read(edited, name)]
     missing = modules.difference(*(pieces[name] for name in made))
     if left or missing:
@@ -132,8 +133,9 @@ def _read_codes(
     stored: QuantizedWeight,
     inputs: dict[tuple[Node, str, float], Node],
     ordered: dict[tuple[Node, bytes], Node],
+    turned: dict[tuple[Node, int], Node],
 ) -> None:
-    """Replace a linear by one that reads `weight`, its input put in order, multiplied and rounded where the layout says so."""
+    """Let a linear read `weight`, its input put in order, multiplied, rotated and rounded where the layout says so."""
     x, dtype = site.input, value_of(site.input).dtype
     if stored.input_order is not None:
         place = (peel(x), stored.input_order.numpy().tobytes())
@@ -144,6 +146,11 @@ def _read_codes(
     if stored.input_factor is not None:
         factor = _part(program, name, "input_factor", stored.input_factor.to(dtype))
         x = insert_call(program, site.node, aten.mul.Tensor, (x, factor))
+    if size := stored.scheme.rotation:
+        turn = (peel(x), size)
+        if turn not in turned:
+            turned[turn] = rotated_input(program, site.node, turn[0], size)
+        x = turned[turn]
     if stored.scheme.activations:
         known = 0.0 if stored.input_scale is None else float(stored.input_scale)
         key = (peel(x), stored.scheme.activations, known)

@@ -1,4 +1,4 @@
-"""Rounded activations in a graph: the calls that make codes of a value and bring the numbers back."""
+"""Rounded activations in a graph: the calls that make codes of a value and bring the numbers back; rotated ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from torch.fx import Node
 
 from optc.compiler.analysis.dataflow import value_of
 from optc.compiler.ir.program import Program
-from optc.compiler.ir.surgery import insert_call
+from optc.compiler.ir.surgery import add_weight, insert_call
+from optc.compiler.ops.dialect.rotation import hadamard
+from optc.compiler.rewriting.weights import record_weight
 
 _optc = torch.ops.optc
 
@@ -33,3 +35,27 @@ def rounded_input(program: Program, before: Node, x: Node, format: str, scale: N
     made = insert_call(program, before, _optc.quantize_dynamic.default, (x,), {"format": format})
     parts = [insert_call(program, before, operator.getitem, (made, i)) for i in (0, 1)]
     return insert_call(program, before, _optc.dequantize_activation.default, parts, knobs)
+
+
+def rotated_input(program: Program, before: Node, x: Node, size: int) -> Node:
+    """x [..., K] times Sylvester's Hadamard matrix in blocks of `size` channels, in front of a node."""
+    held = hadamard_weight(program, size, value_of(x).dtype, torch.device("cpu"))
+    return insert_call(program, before, _optc.rotate_blocks.default, (x, held))
+
+
+def hadamard_weight(program: Program, size: int, dtype: torch.dtype, device: torch.device) -> Node:
+    """The matrix [size, size] as a weight of the program, in the type of its activations; one for all inputs."""
+    name = f"hadamard_{size}"
+    if name in program.exported.state_dict:
+        return next(node for node in program.graph.nodes if program.weight_of(node) == name)
+    record_weight(program, name, ())
+    return add_weight(program, name, hadamard(size).to(device, dtype))
+
+
+def rotation_size(program: Program, call: Node) -> int:
+    """The block of a `rotate_blocks` call whose matrix is Sylvester's, 0 of any other."""
+    name = program.weight_of(call.args[1])
+    matrix = None if name is None else program.weight(name).detach()
+    if matrix is None or len(matrix) & (len(matrix) - 1):
+        return 0
+    return len(matrix) if torch.equal(matrix.cpu(), hadamard(len(matrix)).to(matrix.dtype)) else 0

@@ -232,9 +232,7 @@ def _same_weight(read: QuantizedWeight, mine: QuantizedWeight) -> bool:
         (read.input_scale, mine.input_scale),
         (read.input_factor, _factor(mine.input_factor)),
     )
-    alike = [
-        (one.scheme.bits, one.scheme.group_size, one.scheme.activations, one.scheme.static) for one in (read, mine)
-    ]
+    alike = [(of.bits, of.group_size, of.activations, of.static, of.rotation) for of in (read.scheme, mine.scheme)]
     same = alike[0] == alike[1] and torch.equal(_bytes(read.codes), _bytes(mine.codes)) and _same_zero(read, mine)
     return same and all(_same(left, right) for left, right in pairs)
 

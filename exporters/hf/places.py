@@ -32,6 +32,7 @@ from optc.compiler.ir.provenance import module_path
 from optc.compiler.model_folder.checkpoint import tied_names
 from optc.compiler.ops.library import makes_weight
 from optc.compiler.rewriting.key_values import key_value_scales, rounded
+from optc.compiler.rewriting.rounded_inputs import rotation_size
 
 _optc = torch.ops.optc
 
@@ -54,11 +55,17 @@ class Quantized:
 
 @dataclass(frozen=True)
 class _Input:
-    """What happens to the input of a linear: the format it is rounded to, the scale and the factor by name."""
+    """What happens to the input of a linear: the format it is rounded to, the scale and the factor by name.
+
+    Attributes:
+        rotation: the channels of a block by which it is rotated, 0 where it is not; `matrix` is the weight that does it.
+    """
 
     format: str = ""
     scale: str | None = None
     factor: str | None = None
+    rotation: int = 0
+    matrix: str | None = None
 
 
 class Places:
@@ -96,6 +103,8 @@ class Places:
             if site is None:
                 continue
             source = self._input(site)
+            if source.rotation:
+                self._check_rotated(site)
             if not chooses_experts(self.program, node) and not self._is_expert(site):
                 readers.setdefault(self._root(site), []).append(self._module(site))
             if site.placeholder is not None:
@@ -118,7 +127,7 @@ class Places:
                 items.append(dataclasses.replace(item, beside=tuple(sorted(beside - {item.module}))))
             found = calls[call]
             parts |= {self._name(node) for node in call.all_input_nodes}
-            parts |= {name for name in (found.scale, found.factor) if name is not None}
+            parts |= {name for name in (found.scale, found.factor, found.matrix) if name is not None}
         return tuple(items), parts
 
     def routers(self) -> list[str]:
@@ -234,13 +243,27 @@ class Places:
     def _tensor(self, name: str | None) -> Tensor | None:
         return None if name is None else self.program.weight(name).detach()
 
+    def _check_rotated(self, site: Linear) -> None:
+        """Refuse what vLLM does not rotate: experts, linears that are not quantized, those with a bias."""
+        name = self._module(site)
+        if site.placeholder is not None or self._is_expert(site):
+            raise _refusal(name, "its input is rotated, which is done for quantized linears outside of experts")
+        if site.bias is not None:
+            raise _refusal(name, "its input is rotated, and vLLM adds no bias behind a rotation")
+
     def _input(self, site: Linear) -> _Input:
         x, call = site.input, quantized_activation(site.input)
         format, scale, factor = "", None, None
+        rotation, matrix = 0, None
         if call is not None:
             x, format = call.args[0], activation_format(call)
             scale = None if call.target is _optc.quantize_dynamic.default else self._name(call.args[1])
         product = peel(x)
+        if product.target is _optc.rotate_blocks.default:
+            rotation, matrix = rotation_size(self.program, product), self._name(product.args[1])
+            if not rotation:
+                raise _refusal(matrix, "the input is rotated by another matrix than Hadamard's")
+            product = peel(product.args[0])
         if product.target is aten.index_select.default and site.placeholder is None:
             order = self.program.weight_of(product.args[2])
             if order is not None and order.endswith(INPUT_ORDER):
@@ -248,13 +271,15 @@ class Places:
         if product.target is aten.mul.Tensor and site.placeholder is None:
             name = self.program.weight_of(product.args[1])
             factor = name if name is not None and name.endswith("_input_factor") else None
-        return _Input(format, scale, factor)
+        return _Input(format, scale, factor, rotation, matrix)
 
     def _root(self, site: Linear) -> Node:
         """The node that a linear's input is, before it is multiplied and rounded."""
         call = quantized_activation(site.input)
-        root = peel(call.args[0] if call is not None else site.input)
-        return peel(root.args[0]) if self._input(site).factor is not None else root
+        root, found = peel(call.args[0] if call is not None else site.input), self._input(site)
+        for turned in (found.matrix, found.factor):
+            root = root if turned is None else peel(root.args[0])
+        return root
 
     def _module(self, site: Linear) -> str:
         """The module that a linear's weight belongs to; "" where none of the checkpoint's does."""
@@ -299,6 +324,7 @@ def _scheme(form: WeightFormat, call: Node, parts: dict[str, Tensor], source: _I
         per_tensor=tuple(scale.shape) == (1, 1) and codes.shape[0] > 1,
         activations=activations,
         static=source.scale is not None,
+        rotation=source.rotation,
     )
 
 

@@ -14,11 +14,11 @@ from optc.compiler.analysis.dataflow import value_of
 from optc.compiler.analysis.linears import Linear
 from optc.compiler.diagnostics import UsageError
 from optc.compiler.ir.program import Program
-from optc.compiler.ir.surgery import add_weight, insert_call, set_weight
+from optc.compiler.ir.surgery import insert_call, set_weight
+from optc.compiler.ops.dialect.rotation import hadamard
 from optc.compiler.rewriting.passes import Miss, Pass, PassContext, PassResult
-from optc.compiler.rewriting.weights import record_weight
+from optc.compiler.rewriting.rounded_inputs import hadamard_weight
 from optc.passes.quantization.arithmetic.groups import Group, input_groups, rows, weight_label, weight_rows
-from optc.passes.quantization.arithmetic.orthogonal import hadamard
 from optc.passes.quantization.arithmetic.ranges import calibration_feed, check_finite
 from optc.passes.quantization.arithmetic.scale_pass import read_elsewhere
 from optc.passes.quantization.arithmetic.selection import counterpart, select_linears, weight_name
@@ -122,7 +122,8 @@ def _turn(program: Program, sites: list[Linear], matrix: Tensor) -> None:
             done.add(label)
             _turn_weight(program, site, matrix)
         if site.input not in made:
-            held = _held(program, site, matrix)
+            device = program.weight(weight_name(program, site)).device
+            held = hadamard_weight(program, len(matrix), value_of(site.input).dtype, device)
             arguments = (site.input, held)
             made[site.input] = insert_call(program, site.node, torch.ops.optc.rotate_blocks.default, arguments)
         site.node.replace_input_with(site.input, made[site.input])
@@ -141,16 +142,6 @@ def _turn_weight(program: Program, site: Linear, matrix: Tensor) -> None:
         whole[site.index] = turned
         turned = whole
     set_weight(program, name, turned)
-
-
-def _held(program: Program, site: Linear, matrix: Tensor) -> Node:
-    """The matrix as a weight of the program in the type of its activations; one for all inputs of a block size."""
-    value = value_of(site.input)
-    name = f"hadamard_{len(matrix)}"
-    if name in program.exported.state_dict:
-        return next(node for node in program.graph.nodes if program.weight_of(node) == name)
-    record_weight(program, name, ())
-    return add_weight(program, name, matrix.to(value.dtype).to(program.weight(weight_name(program, site)).device))
 
 
 def _rotated(x: Tensor, matrix: Tensor) -> Tensor:

@@ -69,6 +69,13 @@ class ConfigReader:
             raise self.refusal(f"'{key}' is not a list of strings")
         return value
 
+    def objects(self, key: str) -> list[ConfigReader]:
+        """A list of objects; null counts as empty."""
+        value = self._values.get(key) or []
+        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+            raise self.refusal(f"'{key}' is not a list of objects")
+        return [ConfigReader(item, self._path, f"{self._place}.{key}[{number}]") for number, item in enumerate(value)]
+
     def integers(self, key: str) -> list[int]:
         """A list of whole numbers; null counts as empty."""
         value = self._values.get(key) or []

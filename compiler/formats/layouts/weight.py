@@ -26,6 +26,8 @@ class Scheme:
         group_size: along K; 0 is one scale per row, or (fp8 alone) with `per_tensor` one for the whole weight.
         activations: "" when the input is not quantized; else per token, scales from the values at hand.
         static: the input's scale is calibrated: one for all tokens (nvfp4: the one above the blocks' own).
+        rotation: the input is multiplied by Sylvester's orthonormal Hadamard matrix first, in blocks of so many
+            channels, and the weight is of the input so turned; 0 is not at all.
     """
 
     bits: int
@@ -35,6 +37,7 @@ class Scheme:
     activations: ActivationFormat = ""
     per_tensor: bool = False
     static: bool = False
+    rotation: int = 0
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,13 @@ def named_scales(scales: Mapping[str, tuple[Tensor, Tensor]], parts: tuple[str, 
 
 def foreign(weight: QuantizedWeight) -> str | None:
     """What only some layouts hold, or None."""
+    if weight.scheme.rotation:
+        return "its input is rotated at run time; use --layout compressed-tensors"
+    return unlike_integers(weight)
+
+
+def unlike_integers(weight: QuantizedWeight) -> str | None:
+    """What is not of integer or fp8 weights with scales per token, or None."""
     if weight.scheme.format in ("nvfp4", "mxfp4"):
         return f"{weight.scheme.format} weights; use --layout compressed-tensors"
     if weight.scheme.static:

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-
-def hadamard(size: int) -> Tensor:
-    """The orthonormal Hadamard matrix of Sylvester, [size, size] float64; `size` is a power of two."""
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while len(matrix) < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    assert len(matrix) == size, f"{size} is no power of two"
-    return matrix / math.sqrt(size)
+from optc.compiler.ops.dialect.rotation import hadamard
 
 
 def random_rotation(size: int, seed: int) -> Tensor:

@@ -15,10 +15,10 @@ from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import set_weight
 from optc.compiler.ir.verification import verify_program
+from optc.compiler.ops.dialect.rotation import hadamard
 from optc.compiler.rewriting.passes import PassContext, PassResult
 from optc.compiler.target.options import QuantRequest
 from optc.passes.fusion.norm import FuseNorm
-from optc.passes.quantization.arithmetic.orthogonal import hadamard
 from optc.passes.quantization.rotate_inputs import RotateInputs, _rotated, _turn_weight
 from optc.targets.methods import choose_quantization, quantization_steps
 

@@ -13,6 +13,10 @@ Source: github.com/vllm-project/compressed-tensors (README and `compressors/`). 
                       inputs M.input_global_scale float32 [1] likewise
     mxfp4-pack-quantized   M.weight_packed as there; M.weight_scale uint8 [N, K/32], exponents plus 127
 
+With `transform_config`, of a linear M whose input is multiplied by a Hadamard matrix of n channels: M.hadamard_n_input.weight
+[n, n], its entries 1 and -1 in the order of Sylvester, which loaders divide by sqrt(n). vLLM computes it by a kernel of its
+own (`HadamardTransform`, `hadacore_transform`), in the layer's type.
+
 With `kv_cache_scheme`, of an attention A: A.k_scale and A.v_scale [1], or [Hkv, 1, 1] by the strategy "attn_head".
 """
 
@@ -27,5 +31,7 @@ DENSE = "dense"  # nothing but keys and values is quantized
 KEY_VALUE_PARTS = ("k_scale", "v_scale")
 STRATEGIES: dict[str, Literal["layer", "head"]] = {"tensor": "layer", "attn_head": "head"}
 """`kv_cache_scheme.strategy` -> granularity."""
+TRANSFORM, TRANSFORM_PART = "hadamard_{}", "{}_input.weight"
+"""What a folder calls a rotation of inputs by its block, and (of that name) its matrix beside a linear's tensors."""
 W4A8_GROUP = 128
 """The one group size of 4-bit integers that vLLM multiplies with fp8 inputs (`CompressedTensorsW4A8Fp8`, H100 and later)."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from optc.compiler.bounded_regex import begins_with
 from optc.compiler.formats.layouts.blocks import BLOCK_SCHEME, BLOCKS, spread_rows
 from optc.compiler.formats.layouts.column_order import column_order
 from optc.compiler.formats.layouts.compressed_tensors import (
@@ -21,6 +20,8 @@ from optc.compiler.formats.layouts.compressed_tensors import (
     PACKED,
     STRATEGIES,
 )
+from optc.compiler.formats.layouts.compressed_tensors.targets import names
+from optc.compiler.formats.layouts.compressed_tensors.transforms import rotation_of, turns
 from optc.compiler.formats.layouts.config import ConfigReader
 from optc.compiler.formats.layouts.key_values import FolderKeyValues, KeyValueScheme, find_key_values
 from optc.compiler.formats.layouts.tensors import FLOATS, TensorReader
@@ -61,9 +62,9 @@ class CompressedTensors:
         top = config.text("format", PACKED)
         config.choice("format", top, (*_FORMATS, DENSE, "mixed-precision"))
         self._key_values = None if config.absent("kv_cache_scheme") else _key_values(config.part("kv_cache_scheme"))
-        for key in ("sparsity_config", "transform_config"):
-            if any(not inner.absent("format") or not inner.absent("config_groups") for inner in _optional(config, key)):
-                raise config.refusal(f"'{key}' is set, and optc does not read sparse or rotated weights")
+        if any(not inner.absent("format") for inner in _optional(config, "sparsity_config")):
+            raise config.refusal("'sparsity_config' is set, and optc does not read sparse weights")
+        self._turns = [] if config.absent("transform_config") else turns(config.part("transform_config"))
         self._groups = [_group(name, part, top) for name, part in config.parts("config_groups").items()]
 
     def modules(self) -> list[str]:
@@ -89,6 +90,7 @@ class CompressedTensors:
             "weight_zero_point",
             "weight_g_idx",
             *_FLOAT4_PARTS,
+            *dict.fromkeys(turn.part for turn in self._turns),
         )
         return tuple(f"{module}.{name}" for name in names if f"{module}.{name}" in self._reader)
 
@@ -112,6 +114,11 @@ class CompressedTensors:
 
     def read(self, module: str) -> QuantizedWeight:
         """One linear's weight."""
+        weight = self._stored(module)
+        size = rotation_of(self._turns, module, self._reader, weight.shape[1])
+        return replace(weight, scheme=replace(weight.scheme, rotation=size)) if size else weight
+
+    def _stored(self, module: str) -> QuantizedWeight:
         group = self._group(module)
         if group.float4:
             return check_parts(self._float4(module, group.scheme), module)
@@ -189,7 +196,7 @@ class CompressedTensors:
         if len(self._groups) == 1:
             return self._groups[0]
         for group in self._groups:
-            if any(_names(target, module) for target in group.targets):
+            if any(names(target, module) for target in group.targets):
                 return group
         for group in self._groups:
             if "Linear" in group.targets:
@@ -199,16 +206,6 @@ class CompressedTensors:
 
 def _optional(config: ConfigReader, key: str) -> list[ConfigReader]:
     return [] if config.absent(key) else [config.part(key)]
-
-
-def _names(target: str, module: str) -> bool:
-    """Whether a target is a linear's name, or a pattern ("re:...") that fits it; one that cannot be used fits none."""
-    if not target.startswith("re:"):
-        return target == module
-    try:
-        return begins_with(target[3:], module)
-    except ValueError:
-        return False
 
 
 def _group(name: str, part: ConfigReader, top: str) -> _Group:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from optc.compiler.formats.layouts.compressed_tensors import (
     MX_FLOAT4,
     PACKED,
     STRATEGIES,
+    TRANSFORM,
+    TRANSFORM_PART,
     W4A8_GROUP,
 )
 from optc.compiler.formats.layouts.key_values import KeyValueScheme
@@ -27,13 +29,14 @@ from optc.compiler.formats.layouts.weight import QuantizedWeight, Scheme
 from optc.compiler.formats.layouts.words import pack_words
 from optc.compiler.formats.layouts.writing import (
     REMEDY,
-    foreign,
     named_scales,
+    unlike_integers,
 )
 from optc.compiler.formats.weight_format import weight_format
 from optc.compiler.ops.dialect.mxfp4 import BLOCK as MX_BLOCK
 from optc.compiler.ops.dialect.nvfp4 import BLOCK
 from optc.compiler.ops.dialect.quantization import FP8_BLOCK
+from optc.compiler.ops.dialect.rotation import hadamard_signs
 
 _FLOAT4_WEIGHTS: dict[str, Any] = {
     "num_bits": 4,
@@ -82,7 +85,7 @@ class CompressedTensorsWriter:
         scheme = weight.scheme
         if scheme.format in ("nvfp4", "mxfp4"):
             return _float4_obstacle(weight)
-        if reason := foreign(weight):
+        if reason := unlike_integers(weight):
             return reason
         if scheme.format == "int" and scheme.bits not in self.bits:
             return f"{scheme.bits}-bit weights: vLLM runs 4 and 8 bits in this layout; use --layout gptq"
@@ -99,6 +102,12 @@ class CompressedTensorsWriter:
         return None
 
     def tensors(self, weight: QuantizedWeight) -> dict[str, Tensor]:
+        turn = weight.scheme.rotation
+        name = TRANSFORM_PART.format(TRANSFORM.format(turn))
+        more = {name: hadamard_signs(turn).to(weight.scale.dtype)} if turn else {}
+        return self._stored(weight) | more
+
+    def _stored(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         scheme = weight.scheme
         if scheme.format in ("nvfp4", "mxfp4"):
             return _float4_tensors(weight)
@@ -121,6 +130,8 @@ class CompressedTensorsWriter:
         return out
 
     def config(self, schemes: Mapping[str, Scheme], linears: Iterable[str], head: str = "") -> dict[str, Any]:
+        turned = {module: scheme.rotation for module, scheme in schemes.items() if scheme.rotation}
+        schemes = {module: replace(scheme, rotation=0) for module, scheme in schemes.items()}
         kinds = list(dict.fromkeys(schemes.values()))
         groups: dict[str, dict[str, Any]] = {}
         for index, kind in enumerate(kinds):
@@ -140,6 +151,7 @@ class CompressedTensorsWriter:
             "ignore": [module for module in linears if module not in schemes],
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
+            **({"transform_config": _transforms(turned)} if turned else {}),
         }
 
     def key_values(
@@ -160,6 +172,22 @@ class CompressedTensorsWriter:
         return {"kv_cache_scheme": form}, named_scales(scales, KEY_VALUE_PARTS)
 
 
+def _transforms(turned: Mapping[str, int]) -> dict[str, Any]:
+    """`transform_config` of linears whose inputs are rotated, by the channels of a block."""
+    groups = {}
+    for size in dict.fromkeys(turned.values()):
+        named = [module for module, own in turned.items() if own == size]
+        groups[TRANSFORM.format(size)] = {
+            "type": "hadamard",
+            "apply": [{"targets": named, "location": "input", "inverse": False, "ignore": []}],
+            "randomize": False,
+            "requires_grad": False,
+            "head_dim": size,
+            "precision": "torch.float32",
+        }
+    return {"config_groups": groups}
+
+
 def _w4a8_obstacle(scheme: Scheme) -> str | None:
     """vLLM's kernel of 4-bit integers and fp8 inputs has one form."""
     if scheme.group_size != W4A8_GROUP or not scheme.symmetric:
@@ -173,6 +201,8 @@ def _float4_obstacle(weight: QuantizedWeight) -> str | None:
         if scale is not None and not torch.equal(1 / (1 / scale.float()), scale.float()):
             return "its scale over all blocks is not the reciprocal of a float32 number, which the layout keeps"
     form = weight.scheme.format
+    if weight.scheme.rotation:
+        return f"{form} weights with a rotated input, which vLLM computes by another kernel"
     if weight.scheme.activations and (form, weight.scheme.activations) != ("nvfp4", "nvfp4"):
         return f"{form} weights with {weight.scheme.activations} activations"
     return "its input is multiplied by a factor of its own" if weight.input_factor is not None else None

@@ -56,7 +56,7 @@ class ModelOptWriter:
             return f"groups of {scheme.group_size or 'a row'}: TensorRT-LLM's kernels take 64 and 128"
         if algorithm == AWQ and weight.shape[0] % 2:
             return f"two rows share a byte, and it has {weight.shape[0]}"
-        return None
+        return "its input is rotated at run time; use --target vllm" if scheme.rotation else None
 
     def tensors(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         algorithm = algorithm_of(weight.scheme)
