@@ -107,10 +107,13 @@ def _decompressed(folder: Path, scales: torch.dtype | None) -> dict[str, Tensor]
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """Rows of docs/quantize.md: the folder, and its perplexity by optc, vLLM, transformers, the library and ModelOpt."""
-    rows = ["| folder | optc | vLLM 0.24 | transformers | compressed-tensors | ModelOpt |", "|---|---|---|---|---|---|"]
+    """Rows of docs/quantize.md: the folder, and its perplexity by all that read it, on a CPU first."""
+    names = ("optc", "transformers", "compressed-tensors", "ModelOpt", "optc beside vLLM", "vLLM 0.24")
+    rows = [f"| folder | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
     for name, figures in found.items():
-        cells = [_cell(figures.get(kind)) for kind in ("here", "vllm", "transformers", "library", "modelopt")]
+        cells = [
+            _cell(figures.get(kind)) for kind in ("cpu_here", "transformers", "library", "modelopt", "here", "vllm")
+        ]
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
 

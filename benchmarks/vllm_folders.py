@@ -8,9 +8,10 @@
 
 fiction-26m, quantized by the command (`--calibration`), and a mixture of experts made of it; windows of a text that was
 not calibrated on. "Here" is what `optc eval` computes of the folder: its own tensors, read by optc, in the type that it
-was written in; transformers, compressed-tensors' library and ModelOpt compute in float32 (`folder_peers.py`,
-`folder_modelopt.py`). vLLM runs in bf16 without captured graphs, and several of them at a time. SITE is a folder that
-holds vLLM. A row says which commit each side was run at.
+was written in; `here` beside vLLM's figure, `cpu_here` beside those on a CPU, whose folders may be others. transformers,
+compressed-tensors' library and ModelOpt compute in float32 (`folder_peers.py`, `folder_modelopt.py`). vLLM runs in bf16
+without captured graphs, and several of them at a time. SITE is a folder that holds vLLM. A row says which commit each
+side was run at, and when.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ SCHEMES: dict[str, list[str]] = {
     "int8": ["--quant", "int8"],
     "smoothquant": ["--quant", "smoothquant"],
     "smoothquant-mixed": ["--quant", "smoothquant-mixed"],
+    "smoothquant-rotated": ["--quant", "smoothquant-rotated"],
     "rotate+smoothquant": ["--quant", "rotate+smoothquant"],
     "w4a8": ["--quant", "w4a8"],
     "fp8": ["--quant", "fp8"],
@@ -71,7 +73,8 @@ SCHEMES: dict[str, list[str]] = {
     "mxfp4": ["--quant", "mxfp4"],
 }
 CALIBRATED = {
-    "gptq", "awq", "smoothquant", "smoothquant-mixed", "rotate+gptq", "rotate+smoothquant", "w4a8", "nvfp4", "--kv-cache-dtype",
+    "gptq", "awq", "smoothquant", "smoothquant-mixed", "smoothquant-rotated", "rotate+gptq", "rotate+smoothquant", "w4a8",
+    "nvfp4", "--kv-cache-dtype",
 }  # fmt: skip
 """What a command has whose folder depends on the calibration text."""
 LAYERS, EXPERTS = 2, 4
@@ -140,15 +143,15 @@ def mixture() -> dict[str, torch.Tensor]:
     return out
 
 
-def quantized(name: str, folder: Path) -> str:
-    """Write a folder; the error's first line where there is none."""
+def quantized(name: str, folder: Path, samples: int) -> str:
+    """Write a folder, calibrated on so many sequences; the error's first line where there is none."""
     text = SHARED / "text" / "train.txt"
     source = upcycled(folder.parent) if name.startswith("moe") else SOURCE
     verb = ["quantize"] if "--quant" in SCHEMES[name] else ["compile", "--target", "vllm"]
     command = [sys.executable, "-m", "optc", *verb, str(source), "-o", str(folder), *SCHEMES[name]]
     if not CALIBRATED.isdisjoint(SCHEMES[name]):
-        command += ["--calibration", str(text)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+        command += ["--calibration", str(text), "--calibration-samples", str(samples)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1500)
     return "" if not done.returncode else f"exit {done.returncode}: {done.stderr.strip()[-400:]}"
 
 
@@ -177,7 +180,7 @@ def folder_of(name: str, place: Path) -> Path:
 def made_and_loaded(name: str, place: Path, rows: list[list[int]], given: argparse.Namespace) -> dict[str, Any]:
     """Quantize and let vLLM read it: processes of their own, so that several may run."""
     folder = folder_of(name, place)
-    if "make" in given.parts and not folder.exists() and (refused := quantized(name, folder)):
+    if "make" in given.parts and not folder.exists() and (refused := quantized(name, folder, given.samples)):
         return {"refused": refused}
     if "vllm" not in given.parts:
         return {}
@@ -213,6 +216,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", default=["make", "vllm", "here"], choices=PARTS)
     parser.add_argument("--only", nargs="*", default=list(SCHEMES), choices=list(SCHEMES))
     parser.add_argument("--windows", type=int, default=24)
+    parser.add_argument("--samples", type=int, default=128, help="calibration sequences of 512 tokens")
     parser.add_argument("--jobs", type=int, default=4)
     parser.add_argument("--work", type=Path, default=None, help="folder for what is quantized, which stays")
     parser.add_argument("--add", action="store_true", help="keep the figures of the JSON file that are not made anew")
@@ -236,13 +240,17 @@ def main() -> None:
                 figures = found.setdefault(name, {})
                 figures |= task.result()
                 if "here" in given.parts and "refused" not in figures:
-                    figures["here"] = perplexity_here(folder_of(name, place), rows)
+                    figures["here" if "vllm" in given.parts else "cpu_here"] = perplexity_here(
+                        folder_of(name, place), rows
+                    )
                 if "transformers" in given.parts and "refused" not in figures:
                     figures["transformers"] = by_transformers(folder_of(name, place), rows)
                 if "library" in given.parts and "refused" not in figures and name != "source":
                     figures["library"] = by_library(folder_of(name, place), rows)
                 if "modelopt" in given.parts and "refused" not in figures:
                     figures["modelopt"] = by_modelopt(folder_of(name, place), rows)
+                if not CALIBRATED.isdisjoint(SCHEMES[name]):
+                    figures["samples" if "vllm" in given.parts else "cpu_samples"] = given.samples
                 for side in sides_of(given.parts):
                     figures |= {f"{side}commit": commit(), f"{side}date": datetime.now(UTC).date().isoformat()}
                 print(name, json.dumps(figures), flush=True)
