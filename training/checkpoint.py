@@ -72,7 +72,7 @@ class ValidationState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     Attributes:
         text: digest of its tokens.
-        first: loss before the first step; None where it was not finite.
+        first, first_perplexity: before the first step; None where they were not finite.
         best, best_step: the least loss behind a step, and the step; 0 before there was one.
         waited: measurements since then.
     """
@@ -82,6 +82,7 @@ class ValidationState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     best: float | None = None
     best_step: int = 0
     waited: int = 0
+    first_perplexity: float | None = None
 
 
 class RunState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -80,8 +80,9 @@ def training_chart(
     """
     table = {name: _finite(records, name) for name in panel.fields}
     start = None if validation is None else validation.first
-    if start is not None and "validation_loss" in table:
-        table["validation_loss"].insert(0, (0, start))
+    for name, before in _before(validation).items():
+        if before is not None and name in table:
+            table[name].insert(0, (0, before))
     table = {name: points for name, points in table.items() if points}
     if panel.fields[0] == "cross_entropy" and table.get("cross_entropy") == _finite(records, "loss"):
         return None
@@ -128,6 +129,13 @@ def smoothed(points: Points) -> Points:
         total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
         found.append((step, total / weight))
     return found
+
+
+def _before(validation: ValidationResult | None) -> dict[str, float | None]:
+    """What the validation set said before the first step, by field."""
+    if validation is None:
+        return {}
+    return {"validation_loss": validation.first, "validation_perplexity": validation.first_perplexity}
 
 
 def _finite(records: Sequence[StepRecord], name: str) -> Points:

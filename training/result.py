@@ -19,7 +19,7 @@ class ValidationResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """The losses of the validation set, nats per label token; None where they are not finite.
 
     Attributes:
-        first: before the first step.
+        first, first_perplexity: before the first step; no perplexity where the model itself is not trained.
         best, best_step: the least behind a step, and the step.
         last: behind the last step.
         written_step: the step whose weights the output holds.
@@ -32,6 +32,7 @@ class ValidationResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     last: float | None
     written_step: int
     stopped_early: bool
+    first_perplexity: float | None = None
 
 
 class TrainResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -86,6 +87,7 @@ def validation_result(
     kept = config.validation.keep_best and state.best_step > 0
     return ValidationResult(
         first=state.first,
+        first_perplexity=state.first_perplexity,
         best=state.best,
         best_step=state.best_step,
         last=last.validation_loss,

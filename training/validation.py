@@ -65,7 +65,8 @@ def measure_start(run: Run) -> str | None:
     """Measure before the first step; returns a note where that takes long."""
     assert run.validation is not None
     found = measure(run)
-    run.validation = msgspec.structs.replace(run.validation, first=_finite(found.losses.loss))
+    first, perplexity = _finite(found.losses.loss), _perplexity(run, found)
+    run.validation = msgspec.structs.replace(run.validation, first=first, first_perplexity=perplexity)
     if found.seconds < FIRST_SAID:
         return None
     return (
@@ -84,10 +85,15 @@ def measured_step(run: Run, record: StepRecord) -> StepRecord:
         run.validation = msgspec.structs.replace(state, best=loss, best_step=run.step, waited=0)
     else:
         run.validation = msgspec.structs.replace(state, waited=state.waited + 1)
-    perplexity = None if isinstance(run.model, FrozenBase) else found.perplexity
+    perplexity = _perplexity(run, found)
     return msgspec.structs.replace(
         record, validation_loss=loss, validation_perplexity=perplexity, validation_accuracy=accuracy
     )
+
+
+def _perplexity(run: Run, found: Measured) -> float | None:
+    """None of heads and drafts, whose base is not what is trained."""
+    return None if isinstance(run.model, FrozenBase) else found.perplexity
 
 
 def is_due(run: Run) -> bool:

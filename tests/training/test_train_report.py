@@ -72,6 +72,18 @@ def test_the_validation_set_begins_before_the_first_step() -> None:
     assert not last.marks
 
 
+def test_perplexity_begins_there_too() -> None:
+    rows = [record(1), record(2, validation_perplexity=20.0), record(4, validation_perplexity=10.0)]
+    panel = next(panel for panel in PANELS if panel.fields == ("validation_perplexity",))
+    chart = training_chart(panel, rows, validation(first_perplexity=30.0))
+    assert chart is not None
+    assert chart.lines[0].path == "M0 0 L50 50 L100 100"
+    assert next(dot.text for dot in chart.dots) == "step 0: validation perplexity 30.000"
+    without = training_chart(panel, rows, validation())
+    assert without is not None
+    assert without.lines[0].path == "M50 0 L100 100"
+
+
 def test_losses_of_other_scales_have_charts_of_their_own() -> None:
     rows = [record(step, loss=0.5, cross_entropy=3.0, divergence=0.01 * step) for step in range(1, 5)]
     charts = {chart.title.partition(",")[0]: chart for chart in training_charts(rows)}

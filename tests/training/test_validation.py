@@ -228,6 +228,7 @@ class TestShare:
         assert found is not None
         assert found.validation is not None
         assert found.validation.first is not None
+        assert found.validation.first_perplexity == pytest.approx(math.exp(found.validation.first))
 
 
 class TestRefused:
