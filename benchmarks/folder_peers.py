@@ -25,12 +25,18 @@ ERRORS = (ImportError, RuntimeError, ValueError, TypeError, KeyError, AttributeE
 
 
 def by_transformers(folder: Path, rows: list[list[int]]) -> dict[str, Any]:
-    """As transformers loads it; where it makes no quantized linears of it, as it dequantizes while it loads."""
+    """As transformers loads it; where it makes no quantized linears of it, as it dequantizes while it loads.
+
+    Rotations of inputs are left out by transformers, and a second figure is that with the library's hooks for them.
+    """
     found: dict[str, Any] = {}
     for way in ("quantized linears", "dequantized"):
         try:
             model = loaded(folder, dense=way == "dequantized")
-            return found | {"perplexity": perplexity_of(model, rows), "way": way}
+            found |= {"perplexity": perplexity_of(model, rows), "way": way}
+            if _rotates(model, folder):
+                found["rotated"] = perplexity_of(model, rows)
+            return found
         except ERRORS as error:
             found[f"not as {way}"] = f"{type(error).__name__}: {error}"[:300]
     return found
@@ -79,7 +85,18 @@ def dense_model(folder: Path, *, scales: torch.dtype | None) -> Any:
         model, said = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
     if wrong := [*said["unexpected_keys"], *said["missing_keys"], *said["mismatched_keys"]]:
         raise ValueError(f"{wrong[0]} is missing or has no place")
+    _rotates(model, folder)
     return model.eval()
+
+
+def _rotates(model: Any, folder: Path) -> bool:
+    """Let the library rotate the inputs that a folder's config names; False where it names none."""
+    from compressed_tensors.transform import TransformConfig, apply_transform_config
+
+    said = (settings_of(folder) or {}).get("transform_config")
+    if said is not None:
+        apply_transform_config(model, TransformConfig.model_validate(said))
+    return said is not None
 
 
 def _decompressed(folder: Path, scales: torch.dtype | None) -> dict[str, Tensor]:
@@ -91,7 +108,7 @@ def _decompressed(folder: Path, scales: torch.dtype | None) -> dict[str, Tensor]
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors_of(folder).items():
         module, _, part = name.rpartition(".")
-        if part not in ("k_scale", "v_scale"):
+        if part not in ("k_scale", "v_scale") and not module.endswith("_input"):  # nor matrices of rotations
             modules.setdefault(module, {})[part] = tensor
     out: dict[str, Tensor] = {}
     for name, parts in modules.items():
@@ -125,7 +142,8 @@ def _cell(figure: Any) -> str:
         return "not run"
     if "perplexity" not in figure:
         return "no" if "not run" in figure else "fails"
-    return f"{figure['perplexity']:.3f}" + (" (dequantized)" if figure.get("way") == "dequantized" else "")
+    rotated = f" ({figure['rotated']:.3f} rotated)" if "rotated" in figure else ""
+    return f"{figure['perplexity']:.3f}" + (" (dequantized)" if figure.get("way") == "dequantized" else "") + rotated
 
 
 def _scheme(schemes: Any, name: str) -> Any:
