@@ -89,6 +89,7 @@ def test_log_summary_and_report_tell_the_curve(whole: Path, start: tuple[Path, P
     best = min(curve, key=lambda step: curve[step])
     assert found == {
         "first": pytest.approx(by_hand(start[0], apart), rel=1e-5),
+        "first_perplexity": pytest.approx(math.exp(by_hand(start[0], apart)), rel=1e-4),
         "best": curve[best],
         "best_step": best,
         "last": curve[12],
