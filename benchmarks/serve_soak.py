@@ -131,7 +131,7 @@ async def watched(server: psutil.Process, port: int, args: argparse.Namespace) -
             "end_mb": float(values[-1]),
             "mb_per_hour": float(slope),
         }
-    course = [{"s": round(at), **row["engine"]} for at, row in (*readings[::_SHOWN], readings[-1])]
+    course = [{"s": round(at), **row["engine"]} for at, row in (*readings[:-1:_SHOWN], readings[-1])]
     return {
         "statuses": dict(sorted(running.result().items())),
         "processor_s": worked,
