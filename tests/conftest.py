@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import compileall
 import gc
 import logging
 import os
 import random
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -67,6 +69,15 @@ def pytest_configure(config: pytest.Config) -> None:
     """Workers take files in the order of `pytest_collection_modifyitems`, not by their numbers of tests."""
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
+    if sys.dont_write_bytecode and not hasattr(config, "workerinput"):
+        _compile_sources()
+
+
+def _compile_sources() -> None:
+    """Where Python keeps no compiled modules, every process that tests start would compile all of optc for a second."""
+    package = ROOT / "src" / "optc"
+    for folder in (package, *(path.resolve() for path in sorted(package.iterdir()) if path.is_symlink())):
+        compileall.compile_dir(folder, quiet=1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
