@@ -118,7 +118,7 @@ def measure(session: CudaSession, drafter: Eagle3OnDevice, batch: int, text: lis
     engines["switched"] = engine_of(session, drafter, batch, max(given.depths), switched=True)
     for engine in engines.values():
         if given.rounds and isinstance(engine._drafting, RoundDrafting):
-            engine._drafting.pace.fix(given.rounds)
+            engine._drafting.fix_rounds(given.rounds)
     turns = given.samples + given.warmup
     prompts = cut_prompts(text, batch * turns, given.prompt_tokens)
     found: dict[str, list[Decoded]] = {name: [] for name in engines}

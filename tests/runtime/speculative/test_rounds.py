@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,9 +26,10 @@ from optc.runtime.sampling import Sampling
 from optc.runtime.serving.engine import engine_for
 from optc.runtime.serving.engine_options import EngineOptions
 from optc.runtime.serving.paged_engine import PagedEngine
-from optc.runtime.serving.plan import Chosen
+from optc.runtime.serving.plan import Chosen, Plan, Rounds
 from optc.runtime.serving.request import Generate
 from optc.runtime.serving.round import Round
+from optc.runtime.serving.round_drafting import RoundDrafting
 from optc.runtime.serving.round_runner import RoundRunner
 from optc.runtime.sessions.cuda import CudaSession
 from optc.runtime.sessions.cuda_memory import MemoryPlan
@@ -37,6 +39,8 @@ from optc.runtime.speculative.opening import eagle3_on_device
 from optc.runtime.speculative.settings import Speculation
 
 COUNT, DEPTH = 24, 3
+ONE = np.ones(1, np.int64)
+FED = Plan(0 * ONE, ONE, 0 * ONE, [], 0 * ONE, ONE, [], [])
 
 
 @functools.cache
@@ -235,6 +239,25 @@ def test_drafts_that_do_not_pay_are_switched_off() -> None:
     )()
     assert tokens(run(engine, wanted)) == tokens(plain)
     assert own.checked > 10
+
+
+def test_rounds_without_drafts_are_launched_as_many_at_once_as_hide_the_host() -> None:
+    """And no more than four with drafts, whose launches are long; what the switch is told counts all of a step."""
+    engine = rounds(opened(base_program()), drafter())
+    drafting = engine._drafting
+    assert isinstance(drafting, RoundDrafting)
+    told: list[float] = []
+    drafting._switch = type("Heard", (), {"note": lambda _, __, seconds, **___: told.append(seconds)})()
+    clock = itertools.count(step=0.002)  # seconds of a step, in which the host never waited
+    drafting._clock = lambda: next(clock)
+    deepest = len(drafting._ladder.rungs)
+    for drafting._rung in (0, deepest):
+        for _ in range(16):
+            drafting.note(
+                FED, Chosen(ONE, ONE, rounds=Rounds(np.zeros((6, 1), np.int64), np.ones((6, 1), np.int64), True))
+            )
+    assert (drafting._paces[0].steps, drafting._paces[deepest].steps) == (8, 4)
+    assert told[1:] == pytest.approx([0.002 / 6] * 31)
 
 
 def test_rounds_of_all_depths_are_captured_before_requests_come() -> None:
