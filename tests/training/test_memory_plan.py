@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 from click.testing import CliRunner
+from once import short_example
 
 from optc.cli.main import cli
 from optc.compiler.diagnostics import InputError
@@ -29,7 +30,7 @@ from optc.training.world import World
 @pytest.fixture(scope="module")
 def config(example_model: Path) -> TrainConfig:
     return TrainConfig(
-        model=str(example_model),
+        model=str(short_example()),
         output="unused",
         device="cpu",
         batch_size=2,
