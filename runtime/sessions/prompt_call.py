@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from optc.compiler.execution.block_manager import StepInputs
-from optc.compiler.kernels.cuda.dispatch import kernels_only
+from optc.compiler.kernels.cuda.dispatch import kernels_only, whole_prompt
 from optc.compiler.ops.dialect.paged import PADDING
 from optc.runtime.sessions.cuda_graphs import Launch, Recorder
 
@@ -90,7 +90,7 @@ class PromptCall:
         staged, rows = _inputs_in(self._staged_memory, size)
         self._staged = [item.numpy() for item in (*staged, rows)]  # a write of numpy's takes a third of torch's
         self._copied = torch.cuda.Event() if pinned else None
-        self._has_run = False
+        self._has_run, self._whole = False, 0
         self._replay: Launch | None = None
         self._logits = torch.empty(0)
 
@@ -126,12 +126,14 @@ class PromptCall:
         starts[: requests + 1] = given[5]
         starts[requests + 1 :] = self.tokens  # one more request, of padding; the others have no tokens
         rows[:requests] = given[5][1:] - 1
+        alone = requests == 1 and tokens == lengths[0] and (slots[:tokens] != PADDING).all()
+        self._whole = tokens if alone else 0
         self._memory.copy_(self._staged_memory, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
 
     def _compute(self) -> None:
-        with kernels_only():
+        with kernels_only(), whole_prompt(self._whole):
             step, rows = self._inputs
             output = self._run(*step, rows, *self._pools)
         self._logits = output[0] if isinstance(output, tuple | list) else output

@@ -97,6 +97,28 @@ def kernels_only() -> Iterator[None]:
         _KERNELS_ONLY.reset(before)
 
 
+_WHOLE_PROMPT: ContextVar[int | None] = ContextVar("whole_prompt", default=None)
+
+
+@contextmanager
+def whole_prompt(tokens: int) -> Iterator[None]:
+    """Say what the host knows of calls of paged attention, in this thread, so that none has to ask the device.
+
+    Args:
+        tokens: of the only request of a call, where they are its whole context; 0 for any other call.
+    """
+    before = _WHOLE_PROMPT.set(tokens)
+    try:
+        yield
+    finally:
+        _WHOLE_PROMPT.reset(before)
+
+
+def told_prompt() -> int | None:
+    """What `whole_prompt` says; None where nobody says anything."""
+    return _WHOLE_PROMPT.get()
+
+
 @functools.cache
 def _launcher(module: str, op: str) -> Callable[..., Any]:
     if util.find_spec("triton") is None:

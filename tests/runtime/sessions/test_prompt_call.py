@@ -18,6 +18,7 @@ from torch.fx import Node
 from optc.compiler.capture import capture_model
 from optc.compiler.execution.block_manager import BlockManager
 from optc.compiler.ir.program import Program
+from optc.compiler.kernels.cuda.dispatch import told_prompt
 from optc.compiler.kernels.cuda.paged_attention import LEAST_DENSE
 from optc.passes.fusion.decode import FuseDecode
 from optc.passes.fusion.projections import MergeProjections
@@ -119,6 +120,24 @@ def test_padding_is_a_request_of_its_own() -> None:
     assert lengths == [11, 2, 0, 0]
     assert starts == [0, 2, 3, 16, 16]
     assert rows == [1, 2, 0, 0]
+
+
+def test_attention_is_told_of_a_prompt_that_is_alone() -> None:
+    """From its beginning, and nothing beside it."""
+    told: list[int | None] = []
+
+    def run(*_: torch.Tensor) -> torch.Tensor:
+        told.append(told_prompt())
+        return torch.zeros(4, 2)
+
+    call = PromptCall(run, [torch.zeros(1)], tokens=16, requests=4, width=2, record=None)
+    manager = BlockManager(4, 8)
+    for row in range(3):
+        manager.start(row)
+    for rows in ([(0, range(9))], [(0, range(9, 12))], [(1, range(5)), (2, range(3))]):
+        call(manager.step(rows))  # type: ignore[arg-type]
+    assert told == [9, 0, 0]
+    assert told_prompt() is None
 
 
 @pytest.mark.parametrize("family", KINDS)

@@ -1,8 +1,8 @@
 """Attention of one long prompt by cuDNN, over its own queries, keys and values.
 
 A prompt that has nothing before it needs nothing from the pool, into which its keys and values are written besides. Whether
-a call is one is known on the device, where lengths are; so it is asked, and that only where no graph is captured and the
-products of a layer take milliseconds.
+a call is one the host says (`dispatch.whole_prompt`); where it does not, the device is asked, which knows the lengths, and
+that only where no graph is captured and the products of a layer take milliseconds.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from optc.compiler.kernels.cuda.attention.call import Call, padded, turning
-from optc.compiler.kernels.cuda.attention.turn import turn_heads
-from optc.compiler.kernels.cuda.dispatch import dependent_launch, is_capturing
+from optc.compiler.kernels.cuda.attention.turn import turn_and_write
+from optc.compiler.kernels.cuda.dispatch import dependent_launch, is_capturing, told_prompt
 from optc.compiler.kernels.cuda.paged_attention import LEAST_DENSE
 
 TURN_WARPS = 4
 
 
 def attend_prompt(call: Call, least: int = LEAST_DENSE) -> Tensor | None:
-    """[tokens, H, D] of a call of one prompt, perhaps with padding behind, whose keys and values are in the pool by now or
-    will be; None where it is something else, or what cuDNN does not take.
+    """[tokens, H, D] of a call of one prompt, perhaps with padding behind, whose keys and values are written into the pool;
+    None where it is something else, or what cuDNN does not take: then they may be written or not.
 
     Args:
         least: tokens below which a call is left to `prefill`; captured calls have fewer.
@@ -31,11 +31,12 @@ def attend_prompt(call: Call, least: int = LEAST_DENSE) -> Tensor | None:
     tokens = call.q.shape[0]
     if tokens < least or not _suits(call) or is_capturing(call.q.device):
         return None
-    real = prompt_tokens(call)
-    if real is None:
+    told = told_prompt()
+    real = prompt_tokens(call) if told is None else told
+    if not real:
         return None
     # Rows of padding stand behind all others, which do not see them: sizes repeat, for which cuDNN makes a plan each.
-    q, k, v = (item.transpose(0, 1)[None] for item in turned(call))
+    q, k, v = (item.transpose(0, 1)[None] for item in (*turned_and_written(call), call.v))
     out = _causal(q, k, v, call.scale)
     if out is None:
         return None
@@ -62,7 +63,8 @@ def _suits(call: Call) -> bool:
     device = call.q.device
     halves = call.q.dtype in (torch.bfloat16, torch.float16) and dependent_launch(device)
     same = call.q.shape[2] == call.v.shape[2] and call.q.shape[2] in (64, 128)
-    return same and not call.window and not call.softcap and (halves or device.type == "cpu")
+    plain = call.turn is not None and not call.window and not call.softcap
+    return same and plain and (halves or device.type == "cpu")
 
 
 def prompt_tokens(call: Call) -> int | None:
@@ -73,20 +75,18 @@ def prompt_tokens(call: Call) -> int | None:
     return int(facts[0]) if len(set(facts)) == 1 else None
 
 
-def turned(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys after norm and rotation, and values."""
-    if call.turn is None:
-        return call.q, call.k, call.v
+def turned_and_written(call: Call) -> tuple[Tensor, Tensor]:
+    """Queries and keys after norm and rotation, as tensors of their own; keys and values are in the pools as well then."""
+    assert call.turn is not None
     turn, constants = turning(call)
-    pdl = dependent_launch(call.q.device)
-    found = []
-    for source, norm in ((call.q, turn.q_norm), (call.k, turn.k_norm)):
-        tokens, heads, width = source.shape
-        out = source.new_empty((tokens, heads, width))
-        turn_heads[(tokens,)](
-            source, turn.position, turn.inv_freq, norm, out, *source.stride()[:2], turn.scaling, turn.eps,
-            HEADS=heads, HEAD_ROWS=triton.next_power_of_2(heads), D=width, WIDTH=padded(width), PDL=pdl, **constants,
-            num_warps=TURN_WARPS, launch_pdl=pdl,
-        )  # fmt: skip
-        found.append(out)
-    return found[0], found[1], call.v
+    (tokens, query_heads, width), heads = call.q.shape, call.k.shape[1]
+    q, k = (item.new_empty(item.shape) for item in (call.q, call.k))
+    pdl = dependent_launch(q.device)
+    turn_and_write[(tokens,)](
+        call.q, call.k, call.v, call.k_pool, call.v_pool, call.slot_mapping, turn.position, turn.inv_freq,
+        turn.q_norm, turn.k_norm, q, k, *call.q.stride()[:2], *call.k.stride()[:2], *call.v.stride()[:2],
+        *call.k_pool.stride()[:3], *call.v_pool.stride()[:3], turn.scaling, turn.eps,
+        GROUPS=query_heads // heads, HEADS=heads, HEAD_ROWS=triton.next_power_of_2(heads), D=width,
+        WIDTH=padded(width), BLOCK=call.k_pool.shape[1], PDL=pdl, **constants, num_warps=TURN_WARPS, launch_pdl=pdl,
+    )  # fmt: skip
+    return q, k

@@ -105,10 +105,10 @@ def attend(
         return out
     tiles = decode_tiles or choose_decode_tiles(call)
     if tokens != requests:
-        write_new(call)
         whole = attend_prompt(call) if prefill_tiles is None else None
         if whole is not None:
             return whole
+        write_new(call)
         if tokens > requests or isinstance(tiles, DecodeTiles):
             _prefill(call, out, prefill_tiles or choose_prefill_tiles(call))
     if isinstance(tiles, SplitTiles):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from interpreted import DEVICE, FLOATS, HAS_GPU
 from paged_cases import Case
 
 from optc.compiler.kernels.cuda.attention.call import Call, Turn
-from optc.compiler.kernels.cuda.attention.dense import attend_prompt, prompt_tokens, turned
+from optc.compiler.kernels.cuda.attention.dense import attend_prompt, prompt_tokens
 from optc.compiler.kernels.cuda.attention.launch import attend
+from optc.compiler.kernels.cuda.dispatch import whole_prompt
 from optc.compiler.ops.dialect.paged import PADDING
 from optc.compiler.ops.library import reference
 
@@ -46,21 +48,34 @@ def test_equals_reference(dtype: torch.dtype) -> None:
         assert found is None, "cuDNN's is of 16 bits"
         return
     assert found is not None
+    check(found, call, knobs, wide)
+
+
+def check(found: torch.Tensor, call: Call, knobs: dict[str, Any], wide: tuple[Any, ...]) -> None:
+    """Results of 40 tokens and of padding behind them, and the pools."""
     expected = reference("rotary_paged_attention_")(*wide, **TURN, **knobs)
-    largest = float(expected.abs().max())
-    bound = 1e-5 if dtype is torch.float32 else 2e-2
-    assert float((found.cpu().double() - expected).abs().max()) <= bound * largest
+    bound = 1e-5 if found.dtype is torch.float32 else 2e-2
+    assert float((found.cpu().double() - expected).abs().max()) <= bound * float(expected.abs().max())
     assert found.shape == expected.shape
     assert not found[40:].any()
+    for pool, wanted in zip((call.k_pool, call.v_pool), wide[3:5], strict=True):
+        torch.testing.assert_close(pool.cpu().double(), wanted, rtol=bound, atol=bound, equal_nan=True)
 
 
-def test_without_a_turn_nothing_is_copied() -> None:
-    call, _, _ = call_of(PROMPT, padding=8)
-    assert turned(dataclasses.replace(call, turn=None)) == (call.q, call.k, call.v)
+def test_what_the_host_says_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optc.compiler.kernels.cuda.attention.dense.prompt_tokens", lambda _: pytest.fail("asked"))
+    call, knobs, wide = call_of(dataclasses.replace(PROMPT, dtype=torch.bfloat16), padding=8)
+    with whole_prompt(0):
+        assert attend_prompt(call, least=16) is None
+    with whole_prompt(40):
+        found = attend_prompt(call, least=16)
+    assert found is not None
+    check(found, call, knobs, wide)
 
 
 def test_what_is_left_to_the_pool() -> None:
-    """Short calls, other requests, earlier tokens, padding in between, windows, softcaps and other widths."""
+    """Short calls, other requests, earlier tokens, padding in between, windows, softcaps, heads that are not turned and other
+    widths."""
     call, _, _ = call_of(PROMPT, padding=8)
     assert prompt_tokens(call) == 40
     assert attend_prompt(call) is None
@@ -69,17 +84,16 @@ def test_what_is_left_to_the_pool() -> None:
     between = call.slot_mapping.clone()
     between[4] = PADDING
     assert prompt_tokens(dataclasses.replace(call, slot_mapping=between)) is None
-    for changes in ({"window": 9}, {"softcap": 5.0}):
+    for changes in ({"window": 9}, {"softcap": 5.0}, {"turn": None}):
         assert attend_prompt(dataclasses.replace(call, **changes), least=16) is None  # type: ignore[arg-type]
     narrow, _, _ = call_of(dataclasses.replace(PROMPT, width=32, value_width=32), padding=8)
     assert attend_prompt(narrow, least=16) is None
 
 
 def test_a_long_call_is_attended_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the launcher, which writes keys and values besides."""
-    call, _, _ = call_of(PROMPT, padding=8)
-    marked = torch.full((48, 4, 64), 0.5)
-    before = call.k_pool.clone()
-    monkeypatch.setattr("optc.compiler.kernels.cuda.attention.launch.attend_prompt", lambda _: marked)
-    assert attend(call) is marked
-    assert not torch.equal(before.nan_to_num(), call.k_pool.nan_to_num())
+    """By the launcher; keys and values are written once."""
+    call, knobs, wide = call_of(dataclasses.replace(PROMPT, dtype=torch.bfloat16), padding=8)
+    long = functools.partial(attend_prompt, least=16)
+    monkeypatch.setattr("optc.compiler.kernels.cuda.attention.launch.attend_prompt", long)
+    monkeypatch.setattr("optc.compiler.kernels.cuda.attention.launch.write_new", lambda _: pytest.fail("written twice"))
+    check(attend(call), call, knobs, wide)
