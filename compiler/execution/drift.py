@@ -6,7 +6,7 @@ relative error and direction. Measuring only: what may be lost is decided by the
 
 from __future__ import annotations
 
-import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from optc.compiler.execution.stage_driver import OutputRole, StageRun
+from optc.compiler.execution.wide_rows import Seen, WideRows, plain
 from optc.compiler.ir.row_blocks import row_blocks
 
 
@@ -80,16 +81,18 @@ def measure_each(befores: Sequence[StageRun], after: StageRun, text: Sequence[Se
     for before in befores:
         list(zip(before.logits, after.logits, strict=True))  # as many
     equal = [before.equals(after) for before in befores]
+    for before in itertools.compress(befores, equal):
+        after.seen.update(before.seen)
     role = befores[0].role
     parts: list[list[_Part]] = [[] for _ in befores]
     for index, new in enumerate(after.logits):
         for begin, end in _blocks(new, role):
-            rows = new[begin:end] if end else new
-            shared = _Wide(rows, role)
+            right = WideRows(_block(new, begin, end), role, Seen(after, role, index, begin, end))
             for before, same, found in zip(befores, equal, parts, strict=True):
-                old = before.logits[index]
+                old = _block(before.logits[index], begin, end)
                 if old.numel():
-                    found.append(_part(old[begin:end] if end else old, rows, role, shared, equal=same))
+                    left = WideRows(old, role, Seen(before, role, index, begin, end))
+                    found.append(_part(old, right.rows, role, left, right, equal=same))
     return [_drift(before, after, found, text) for before, found in zip(befores, parts, strict=True)]
 
 
@@ -100,21 +103,8 @@ def _blocks(tensor: Tensor, role: OutputRole) -> list[tuple[int, int]]:
     return row_blocks(len(tensor), tensor[0].numel())
 
 
-class _Wide:
-    """What comparisons of the rows [n, classes] of one tensor need of it in float64, computed when it is asked for."""
-
-    def __init__(self, tensor: Tensor, role: OutputRole) -> None:
-        self._rows, self._centred = tensor, role == "logits"
-
-    @functools.cached_property
-    def values(self) -> Tensor:
-        """In memory of its own; of logits over a vocabulary each row less its mean, which a softmax does not see."""
-        wide = _plain(self._rows).flatten(0, -2).to(torch.float64, copy=True)
-        return wide.sub_(wide.mean(-1, keepdim=True)) if self._centred else wide
-
-    @functools.cached_property
-    def log_probabilities(self) -> Tensor:
-        return _plain(self._rows).flatten(0, -2).double().log_softmax(-1)
+def _block(tensor: Tensor, begin: int, end: int) -> Tensor:
+    return tensor[begin:end] if end else tensor
 
 
 @dataclass(frozen=True)
@@ -141,29 +131,28 @@ class _Rows(NamedTuple):
     same: Tensor
 
 
-def _part(old: Tensor, new: Tensor, role: OutputRole, shared: _Wide, *, equal: bool) -> _Part:
+def _part(old: Tensor, new: Tensor, role: OutputRole, left: WideRows, right: WideRows, *, equal: bool) -> _Part:
     """Compare one output, or some of its rows.
 
     Args:
-        shared: of `new`. equal: nothing differs, so that most of the arithmetic is about nothing.
+        left, right: of `old` and of `new`. equal: nothing differs, so that most of the arithmetic is about nothing.
     """
-    left, right = _Wide(old, role), shared
     if role == "output":  # each is one row
         old, new = comparable(old, new)
         left, right = _as_row(old), _as_row(new)
-    plain, other = _plain(old), _plain(new)
+    first, other = plain(old), plain(new)
     return _Part(
-        gap=0.0 if equal else _largest_gap(plain, other),
-        scale=float(plain.nan_to_num().abs().max()),
-        errors=(0.0, 1.0) if equal else _squares(left.values, right.values),
-        cosine=torch.ones(plain.shape[:-1].numel()) if equal else _cosines(left.values, right.values),
-        distribution=_distribution(plain, other, left, right, equal=equal) if _classes(role, plain) > 1 else None,
+        gap=0.0 if equal else _largest_gap(first, other),
+        scale=left.magnitude,
+        errors=(0.0, 1.0) if equal else _squares(left, right),
+        cosine=torch.ones(first.shape[:-1].numel()) if equal else _cosines(left, right),
+        distribution=_distribution(left, right, equal=equal) if _classes(role, first) > 1 else None,
     )
 
 
-def _as_row(tensor: Tensor) -> _Wide:
+def _as_row(tensor: Tensor) -> WideRows:
     """All numbers of a tensor."""
-    return _Wide(_plain(tensor).reshape(1, -1), "output")
+    return WideRows(plain(tensor).reshape(1, -1), "output", Seen())
 
 
 def _classes(role: OutputRole, rows: Tensor) -> int:
@@ -198,21 +187,18 @@ def comparable(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
     return old.masked_fill(shared, 0), new.masked_fill(shared, 0)
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    """As real numbers, fp32 at least, with a last axis."""
-    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return torch.atleast_1d(real if real.dtype == torch.float64 else real.float())
-
-
 def _largest_gap(old: Tensor, new: Tensor) -> float:
+    gap = (new - old).abs_()
+    largest = float(gap.max())
+    if math.isfinite(largest):
+        return largest
     # NaN on both sides at the same place is no drift; NaN on one side is.
-    gap = torch.where(old.isnan() & new.isnan(), 0.0, (new - old).abs())
-    return float(gap.nan_to_num(nan=math.inf).max())
+    return float(gap.masked_fill_(old.isnan() & new.isnan(), 0.0).nan_to_num(nan=math.inf).max())
 
 
-def _squares(left: Tensor, right: Tensor) -> tuple[float, float]:
+def _squares(left: WideRows, right: WideRows) -> tuple[float, float]:
     """Squared norms of the difference and of the reference."""
-    return float((right - left).square_().sum()), float(left.square().sum())
+    return float((right.values - left.values).square_().sum()), left.square
 
 
 def _ratio(gap: float, reference: float) -> float:
@@ -221,27 +207,17 @@ def _ratio(gap: float, reference: float) -> float:
     return math.sqrt(gap / reference) if reference else math.inf
 
 
-def _cosines(left: Tensor, right: Tensor) -> Tensor:
+def _cosines(left: WideRows, right: WideRows) -> Tensor:
     """Cosines along the last axis; 1 where both sides are zero."""
-    sizes = left.norm(dim=-1), right.norm(dim=-1)
-    cosine = (left * right).sum(-1) / (sizes[0] * sizes[1])
-    return torch.where((sizes[0] == 0) & (sizes[1] == 0), 1.0, cosine)
+    cosine = (left.values * right.values).sum(-1) / (left.norms * right.norms)
+    return torch.where((left.norms == 0) & (right.norms == 0), 1.0, cosine)
 
 
-def _distribution(old: Tensor, new: Tensor, left: _Wide, right: _Wide, *, equal: bool) -> _Rows:
-    """Rows [..., classes] compared as distributions."""
-    rows = old.flatten(0, -2)
-    first = rows.topk(2, -1).values.double()
-    # 0 log 0 is 0: a class that both rule out (a logit of minus infinity) says nothing.
-    log_old = left.log_probabilities
-    ruled_out, weights = log_old == -math.inf, log_old.exp()
-    entropy = -(weights * log_old).masked_fill_(ruled_out, 0.0).sum(-1)
-    if equal:
-        divergence = torch.zeros_like(entropy)
-    else:
-        divergence = (log_old - right.log_probabilities).mul_(weights).masked_fill_(ruled_out, 0.0).sum(-1)
-    same = rows.argmax(-1) == new.flatten(0, -2).argmax(-1)
-    return _Rows(divergence, entropy, first[..., 0] - first[..., 1], same)
+def _distribution(left: WideRows, right: WideRows, *, equal: bool) -> _Rows:
+    """Rows compared as distributions."""
+    entropy = left.entropy
+    divergence = torch.zeros_like(entropy) if equal else left.divergence(right)
+    return _Rows(divergence, entropy, left.lead, left.top == right.top)
 
 
 def _as_distributions(rows: Sequence[_Rows], classes: int) -> dict[str, Any]:
@@ -260,10 +236,17 @@ def _as_distributions(rows: Sequence[_Rows], classes: int) -> dict[str, Any]:
 def _perplexity_change(before: StageRun, after: StageRun, text: Sequence[Sequence[int]]) -> float | None:
     if not text or not before.predicts_next or before.role != "logits":
         return None
-    return _perplexity(after.logits, text) / _perplexity(before.logits, text) - 1
+    return _perplexity(after, text) / _perplexity(before, text) - 1
 
 
-def _perplexity(logits: Sequence[Tensor], sequences: Sequence[Sequence[int]]) -> float:
+def _perplexity(run: StageRun, text: Sequence[Sequence[int]]) -> float:
+    key = "perplexity", tuple(map(tuple, text))
+    if key not in run.seen:
+        run.seen[key] = _perplexity_of(run.logits, text)
+    return float(run.seen[key])
+
+
+def _perplexity_of(logits: Sequence[Tensor], sequences: Sequence[Sequence[int]]) -> float:
     losses = [
         torch.nn.functional.cross_entropy(
             row[:-1].float(), torch.tensor(tokens[1:], device=row.device), reduction="none"

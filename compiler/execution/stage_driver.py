@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,12 +49,15 @@ class StageRun:
             with several answers each of them, per sequence.
         taps: per attention layer, in graph order, per sequence: the output [len, H * Dv].
         predicts_next: whether the row of a token is about the token after it (decoders).
+        seen: what comparisons found out about this run alone (see `drift`), so that the next one need not. Its numbers
+            do not change; one with others (`replace`) has seen nothing.
     """
 
     logits: list[Tensor]
     taps: list[list[Tensor]]
     role: OutputRole = "logits"
     predicts_next: bool = True
+    seen: dict[Any, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def equals(self, other: StageRun) -> bool:
         """Whether all numbers are the same as those of another run on the same inputs, and none of them is NaN."""

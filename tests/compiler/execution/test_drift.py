@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from families import make_model
 
 from optc.compiler.capture import capture_model, capture_module
-from optc.compiler.execution.drift import comparable, measure, measure_each
+from optc.compiler.execution.drift import Drift, comparable, measure, measure_each
 from optc.compiler.execution.probe import Probe, for_streaming, random_probe, run_probe, text_probe
 from optc.compiler.execution.stage_driver import OutputRole, StageRun
 from optc.compiler.ir.stored_weights import WorkFile
@@ -45,6 +46,35 @@ def test_what_stayed_is_measured_as_what_changed(role: OutputRole, monkeypatch: 
     assert (short.kl, short.cosine) == (pytest.approx(long.kl, abs=1e-12), pytest.approx(long.cosine))
     names = ("max_abs_diff", "scale", "relative", "top1", "classes", "flipped", "perplexity", "layers")
     assert [getattr(short, name) for name in names] == [getattr(long, name) for name in names]
+
+
+@pytest.mark.parametrize("role", ["logits", "classes", "hidden", "output"])
+def test_what_was_seen_of_a_run_says_what_a_new_look_would(role: OutputRole) -> None:
+    """A run keeps what was found out about it alone, for comparisons with other runs; one that equals it knows it too."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(length, 7, generator=generator) for length in (5, 3)]
+    rows[0][1, 2] = -math.inf  # a class that is ruled out
+    moved = [row + 0.1 * torch.randn(row.shape, generator=generator) for row in rows]
+    text = ((1, 2, 3, 4, 5), (6, 5, 4))
+
+    def new(values: list[torch.Tensor]) -> StageRun:
+        return StageRun([row.clone() for row in values], [], role)
+
+    def same(found: list[Drift], expected: list[Drift]) -> None:
+        assert repr(found) == repr(expected)  # to the last digit, NaN among them
+
+    first, second, third = new(rows), new(moved), new(moved)
+    same(measure_each([first], second, text), measure_each([new(rows)], new(moved), text))
+    same(measure_each([second, first], third, text), measure_each([new(moved), new(rows)], new(moved), text))
+    same(measure_each([third], first, text), measure_each([new(moved)], new(rows), text))
+    assert (role == "output") == (not {key for key in third.seen if key[0] != "perplexity"})
+
+
+def test_a_run_of_other_numbers_has_seen_nothing() -> None:
+    run, other = StageRun([torch.tensor([[0.0, 2.0]])], []), StageRun([torch.tensor([[1.0, 0.0]])], [])
+    before = measure(run, other)
+    changed = replace(run, logits=[torch.tensor([[3.0, 0.0]])])
+    assert measure(changed, other) == measure(StageRun([torch.tensor([[3.0, 0.0]])], []), other) != before
 
 
 def test_perplexity_change_on_text() -> None:
