@@ -71,3 +71,24 @@ def test_modules_of_transformers_are_listed_as_it_lists_them() -> None:
     texts += ["", "x = 1", "__all__ = ['a']", "__all__ = []\n__all__ = [\n    'b',\n]\n", "def f():\n    __all__ = 1"]
     assert [quick(text) for text in texts] == [import_utils.fetch__all__(text) for text in texts]
     assert any("LlamaForCausalLM" in quick(text) for text in texts)
+
+
+_ONE_COMMAND = """
+import gc
+from optc.cli import garbage
+
+def rests():
+    with garbage.uncollected():
+        assert not gc.isenabled()
+    return not gc.isenabled()
+
+before = rests()
+garbage.leave_to_the_end()
+print(before, rests())
+"""
+
+
+def test_the_collector_of_a_process_of_one_command_rests_to_the_end() -> None:
+    """Elsewhere it comes back."""
+    done = subprocess.run([sys.executable, "-c", _ONE_COMMAND], capture_output=True, text=True, check=True)
+    assert done.stdout == "False True\n"

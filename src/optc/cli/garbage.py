@@ -15,15 +15,25 @@ _SMALL = 512 << 20
 """Bytes of weight files up to which a model's garbage may wait for the end of the process."""
 
 
+_last = False
+
+
+def leave_to_the_end() -> None:
+    """This process ends with the one command that it runs: a collector that rested need not come back, to look through all
+    that was made meanwhile."""
+    global _last
+    _last = True
+
+
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Without the collector; as before afterwards."""
+    """Without the collector; as before afterwards, where anything is to come (`leave_to_the_end`)."""
     before = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if before:
+        if before and not _last:
             gc.enable()
 
 

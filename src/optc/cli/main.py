@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from optc.cli.common import guarded
+from optc.cli.garbage import leave_to_the_end
 from optc.cli.signals import ended_by_signals
 from optc.compiler.diagnostics import UsageError, unknown_name
 from optc.compiler.version import version
@@ -122,6 +123,7 @@ def script() -> None:
             sys.stderr.flush()
             os._exit(code)
 
+    leave_to_the_end()
     atexit.register(leave)  # the first of them runs last
     try:
         main()
