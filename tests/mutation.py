@@ -29,6 +29,7 @@ MODULES: dict[str, tuple[str, tuple[str, ...]]] = {
     "budget": ("compiler/rewriting/budget.py", ("tests/compiler/pipeline/test_gate.py",)),
     "rerounding": ("compiler/pipeline/rerounding.py", ("tests/compiler/pipeline/test_rerounding.py",)),
     "drift": ("compiler/execution/drift.py", ("tests/compiler/execution/test_drift.py",)),
+    "wide-rows": ("compiler/execution/wide_rows.py", ("tests/compiler/execution/test_drift.py",)),
     "verification": ("compiler/ir/verification.py", ("tests/compiler/ir/test_verification.py",)),
     "publishing": (
         "compiler/artifact/publishing.py",
