@@ -181,9 +181,7 @@ def _transforms(turned: Mapping[str, int]) -> dict[str, Any]:
             "type": "hadamard",
             "apply": [{"targets": named, "location": "input", "inverse": False, "ignore": []}],
             "randomize": False,
-            "requires_grad": False,
             "head_dim": size,
-            "precision": "torch.float32",
         }
     return {"config_groups": groups}
 
