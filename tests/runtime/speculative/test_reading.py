@@ -40,9 +40,14 @@ def exposing(select_logits: bool) -> PagedModel:
     return session.model
 
 
+@functools.cache
+def weights_of_it() -> dict[str, Tensor]:
+    return dict(tiny_decoder().weights())
+
+
 def embedded(tokens: Sequence[int]) -> Tensor:
     """What the one layer reads of these tokens."""
-    weights = dict(tiny_decoder().weights())
+    weights = weights_of_it()
     return weights["embed.weight"][torch.tensor(tokens)] + weights["place.weight"][: len(tokens)]
 
 
