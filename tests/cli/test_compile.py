@@ -208,6 +208,19 @@ def test_help_of_no_command_imports_torch() -> None:
     assert "--head-bits" in done.stdout
 
 
+def test_an_output_that_exists_is_refused_before_anything_is_loaded(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers alone takes seconds to import."""
+    imported: list[str] = []
+    monkeypatch.setattr("optc.cli.compile.import_transformers", lambda: imported.append("transformers"))
+    assert optc("compile", tmp_path, "--target", "onnx-cpu", "-o", tmp_path) == 3
+    assert "the output exists" in capsys.readouterr().err
+    assert not imported
+    assert optc("compile", tmp_path, "--target", "onnx-cpu", "-o", tmp_path / "out") == 3
+    assert imported == ["transformers"]
+
+
 def test_unknown_command_and_underscores(capsys: Capture) -> None:
     assert optc("complie") == 2
     assert "compile" in capsys.readouterr().err

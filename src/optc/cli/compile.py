@@ -16,6 +16,7 @@ from optc.cli.lean_imports import import_transformers
 from optc.cli.options import GroupedCommand
 from optc.cli.request_flags import merge_recipe, request_flags, request_of, require
 from optc.compiler.artifact.drift_table import drift_table, pass_title
+from optc.compiler.artifact.publishing import check_output
 from optc.compiler.artifact.sizes import Sizes, group_text
 from optc.compiler.diagnostics import UsageError, printable
 from optc.progress import progress
@@ -56,6 +57,7 @@ def run_compile(model: str, target: str, asked: Callable[[], Request], as_json: 
         request = asked()
         if request.run.output is None:
             raise UsageError("no output given", remedy="-o OUT")
+        check_output(request.run.output, request.run.force)
         from optc.api import compile, resolve_for
         from optc.drafted import pass_count
         from optc.hub import local_model
