@@ -144,6 +144,8 @@ def test_greedy_and_rows_without_a_token() -> None:
     logits = torch.cat([logits, torch.tensor([[-float("inf"), -3.0, -4.0]])])
     assert _optc.argmax(logits).tolist() == [1, NO_TOKEN, NO_TOKEN, NO_TOKEN, 1]
     assert _optc.argmax(logits.bfloat16().T.contiguous().T.requires_grad_()).tolist() == [1, *[NO_TOKEN] * 3, 1]
+    close = torch.tensor([[1.0, 1.0 + 1e-12], [1e300, 1e301]], dtype=torch.float64)  # equals, and infinite, in float32
+    assert _optc.argmax(close).tolist() == [1, 1]
     tokens, logprobs = sample(logits, 0.0)
     assert tokens.tolist() == [1, NO_TOKEN, NO_TOKEN, NO_TOKEN, 1]
     assert torch.isnan(logprobs).tolist() == [False, True, True, True, False]
