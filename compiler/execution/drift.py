@@ -25,7 +25,8 @@ class Drift:
     """Difference of a run from a reference run.
 
     Attributes:
-        max_abs_diff: largest absolute difference of the outputs; infinite when only one side is NaN.
+        max_abs_diff: largest absolute difference of the outputs; infinite when only one side is NaN, or when an output
+            has another shape.
         scale: largest magnitude of the reference's outputs.
         relative: |after - before| / |before| (L2); of logits over a vocabulary after each token's mean is taken off,
             as a softmax does not see it; of several outputs the worst.
@@ -84,16 +85,33 @@ def measure_each(befores: Sequence[StageRun], after: StageRun, text: Sequence[Se
     for before in itertools.compress(befores, equal):
         after.seen.update(before.seen)
     role = befores[0].role
+    alike = [same or _alike(before, after) for before, same in zip(befores, equal, strict=True)]
     parts: list[list[_Part]] = [[] for _ in befores]
     for index, new in enumerate(after.logits):
         for begin, end in _blocks(new, role):
             right = WideRows(_block(new, begin, end), role, Seen(after, role, index, begin, end))
-            for before, same, found in zip(befores, equal, parts, strict=True):
+            for before, same, found in itertools.compress(zip(befores, equal, parts, strict=True), alike):
                 old = _block(before.logits[index], begin, end)
                 if old.numel():
                     left = WideRows(old, role, Seen(before, role, index, begin, end))
                     found.append(_part(old, right.rows, role, left, right, equal=same))
-    return [_drift(before, after, found, text) for before, found in zip(befores, parts, strict=True)]
+    return [
+        _drift(before, after, found, text) if fits else _OTHER_SHAPE
+        for before, found, fits in zip(befores, parts, alike, strict=True)
+    ]
+
+
+_OTHER_SHAPE = Drift(max_abs_diff=math.inf, scale=0.0, relative=math.inf, cosine=-1.0)
+"""Outputs that cannot be put side by side: arithmetic would repeat the smaller, or leave out what the other lacks."""
+
+
+def _alike(before: StageRun, after: StageRun) -> bool:
+    """Whether all outputs have the same shape; a number is a row of one."""
+    return all(_shape(old) == _shape(new) for old, new in zip(before.logits, after.logits, strict=True))
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return (*tensor.shape, 2) if tensor.is_complex() else tuple(tensor.shape) or (1,)
 
 
 def _blocks(tensor: Tensor, role: OutputRole) -> list[tuple[int, int]]:

@@ -296,6 +296,34 @@ def test_outputs_without_numbers_are_alike() -> None:
     assert (drift.max_abs_diff, drift.scale, drift.relative, drift.cosine) == (0.0, 0.0, 0.0, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("role", "before", "after"),
+    [
+        ("output", (0, 3), (2, 3)),
+        ("output", (2, 3), (0, 3)),
+        ("output", (1,), (3,)),
+        ("output", (6,), (1, 6)),
+        ("output", (2, 3), (3, 2)),
+        ("logits", (4, 3), (2, 3)),
+        ("logits", (0, 3), (2, 3)),
+        ("embedding", (1, 3), (2, 3)),
+    ],
+)
+def test_outputs_of_another_shape_are_infinitely_far(
+    role: OutputRole, before: tuple[int, ...], after: tuple[int, ...]
+) -> None:
+    """Though their numbers are the same where there are any, and broadcasting would compare them; others are as alone."""
+    one, two = (StageRun([torch.ones(shape)], [], role=role) for shape in (before, after))
+    assert (found := measure(one, two)).max_abs_diff == found.relative == math.inf
+    assert found.cosine == -1.0
+    assert measure_each([one, two], two) == [found, measure(two, two)]
+
+
+def test_a_number_is_a_row_of_one() -> None:
+    one, two = StageRun([torch.tensor(2.0)], [], role="output"), StageRun([torch.tensor([2.5])], [], role="output")
+    assert measure(one, two).max_abs_diff == 0.5
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e5m2])
 def test_infinities_that_both_have_are_left_out(dtype: torch.dtype) -> None:
     """Of masks; one that a side alone has, or of another sign, stays."""

@@ -18,7 +18,7 @@ from optc.compiler.diagnostics import ArtifactError, GateError, NoMatchError, Ta
 from optc.compiler.execution.probe import random_probe
 from optc.compiler.execution.stage_driver import StageRun
 from optc.compiler.ir.program import Program
-from optc.compiler.ir.surgery import replace_call, set_weight
+from optc.compiler.ir.surgery import insert_call, replace_call, set_weight
 from optc.compiler.ir.verification import VerificationError
 from optc.compiler.pipeline.gate import Limits
 from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions
@@ -311,6 +311,41 @@ def test_a_lossy_pass_on_a_module_is_gated_per_output() -> None:
         Pipeline([Negate()]).run(program)
     assert "relative error" in str(caught.value.why)
     assert "cosine" in str(caught.value.why)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reshape(Pass):
+    """gelu(x)  ->  gelu(x) in another shape, with the same numbers where broadcasting looks"""
+
+    name: ClassVar[str] = "reshape"
+    shape: tuple[int, ...]
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        edited = program.clone()
+        for node in edited.calls(torch.ops.aten.gelu.default):
+            same = insert_call(edited, node, torch.ops.aten.gelu.default, (node.args[0],))
+            replace_call(edited, node, torch.ops.aten.expand.default, (same, list(self.shape)))
+        return PassResult(edited.changed(), 1, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossyReshape(Reshape):
+    """gelu(x)  ->  gelu(x) in another shape, by a pass that may lose something"""
+
+    name: ClassVar[str] = "lossy-reshape"
+    lossy: ClassVar[bool] = True
+
+    def budget(self, before: Program) -> Budget:
+        return weight_budget(8)
+
+
+@pytest.mark.parametrize("kind", [Reshape, LossyReshape])
+@pytest.mark.parametrize("shape", [(3, 16), (1, 1, 16)])
+def test_an_output_of_another_shape_is_caught(kind: type[Reshape], shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    program = capture_module(_TwoOutputs(), (torch.randn(1, 16),))
+    with pytest.raises(GateError, match="reshape' failed the numerics gate"):
+        Pipeline([kind(shape=shape)]).run(program)
 
 
 @pytest.mark.parametrize("kind", ["BertModel", "BertForSequenceClassification", "BertForTokenClassification"])
