@@ -130,6 +130,14 @@ def _edited(folder: Path, out: Path, change: Callable[[dict[str, Any]], None]) -
         (lambda group: group["apply"][0].update(location="q_attn"), "'location' is 'q_attn'"),
         (lambda group: group.update(apply=["all"]), "'apply' is not a list of objects"),
         (lambda group: group.update(apply=2 * group["apply"]), "its input is rotated twice"),
+        (lambda group: group["apply"][0].update(targets=["re:(("]), "the pattern 're:((' cannot be used"),
+        (
+            lambda group: group["apply"][0].update(ignore=["re:(a|aa)+$" + "|a" * 999]),
+            "cannot be used: it has 2006 characters",
+        ),
+        (lambda group: group["apply"][0].update(ignore=["Linear"]), "no rotation of a quantized linear's input"),
+        (lambda group: group["apply"][0].update(ignore=[DOWN]), f"there is '{DOWN}.hadamard_32_input.weight'"),
+        (lambda group: group["apply"][0]["targets"].append("lm_head"), "'lm_head' is named"),
     ],
 )
 def test_other_transforms_are_refused(

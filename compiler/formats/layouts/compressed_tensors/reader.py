@@ -21,7 +21,7 @@ from optc.compiler.formats.layouts.compressed_tensors import (
     STRATEGIES,
 )
 from optc.compiler.formats.layouts.compressed_tensors.targets import names
-from optc.compiler.formats.layouts.compressed_tensors.transforms import rotation_of, turns
+from optc.compiler.formats.layouts.compressed_tensors.transforms import check_named, rotation_of, turns
 from optc.compiler.formats.layouts.config import ConfigReader
 from optc.compiler.formats.layouts.key_values import FolderKeyValues, KeyValueScheme, find_key_values
 from optc.compiler.formats.layouts.tensors import FLOATS, TensorReader
@@ -78,6 +78,7 @@ class CompressedTensors:
                 continue
             elif last in (*_OTHER_PARTS, *_FLOAT4_PARTS) or (last in KEY_VALUE_PARTS and self._key_values is None):
                 raise self._config.refusal(f"optc cannot represent the tensor '{name}'")
+        check_named(self._turns, self._reader, list(found))
         return list(found)
 
     def parts(self, module: str) -> tuple[str, ...]:
@@ -196,7 +197,7 @@ class CompressedTensors:
         if len(self._groups) == 1:
             return self._groups[0]
         for group in self._groups:
-            if any(names(target, module) for target in group.targets):
+            if any(names(target, module, self._config) for target in group.targets):
                 return group
         for group in self._groups:
             if "Linear" in group.targets:

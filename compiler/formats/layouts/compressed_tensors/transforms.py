@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from optc.compiler.formats.layouts.compressed_tensors import TRANSFORM_PART
-from optc.compiler.formats.layouts.compressed_tensors.targets import names
+from optc.compiler.formats.layouts.compressed_tensors.targets import CLASS, names
 from optc.compiler.formats.layouts.config import ConfigReader
 from optc.compiler.formats.layouts.tensors import FLOATS, TensorReader
+from optc.compiler.formats.safetensors_header import shown
 from optc.compiler.ops.dialect.rotation import hadamard_signs
 
 _FOLDED = ("weight_input", "weight_output")
@@ -25,11 +26,18 @@ class Turn:
     part: str
     targets: tuple[str, ...]
     ignore: tuple[str, ...]
+    config: ConfigReader
 
     def fits(self, module: str) -> bool:
         """Whether the input of a linear is rotated."""
-        taken = any(target == "Linear" or names(target, module) for target in self.targets)
-        return taken and not any(names(target, module) for target in self.ignore)
+        return self._among(self.targets, module) and not self._among(self.ignore, module)
+
+    def names(self, module: str) -> bool:
+        """The same, by more than being a linear."""
+        return self.fits(module) and self._among([target for target in self.targets if target != CLASS], module)
+
+    def _among(self, targets: Sequence[str], module: str) -> bool:
+        return any(target == CLASS or names(target, module, self.config) for target in targets)
 
 
 def turns(config: ConfigReader) -> list[Turn]:
@@ -52,8 +60,34 @@ def turns(config: ConfigReader) -> list[Turn]:
             if not 1 < size <= _LARGEST or size & (size - 1):
                 raise group.refusal(f"'head_dim' is {size}, not a power of two up to {_LARGEST}")
             part = TRANSFORM_PART.format(name)
-            found.append(Turn(size, part, tuple(apply.texts("targets")), tuple(apply.texts("ignore"))))
+            found.append(Turn(size, part, tuple(apply.texts("targets")), tuple(apply.texts("ignore")), apply))
     return found
+
+
+def check_named(found: Sequence[Turn], reader: TensorReader, quantized: Sequence[str]) -> None:
+    """Refuse rotations that name what is no quantized linear, and matrices that no rotation is for.
+
+    Raises:
+        InputError: names it; its weight would be read as one of an input that is not rotated.
+    """
+    known = set(quantized)
+    for name, info in reader.tensors.items():
+        module, _, last = name.rpartition(".")
+        for turn in found:
+            beside = name.removesuffix(f".{turn.part}")
+            if beside != name and (
+                beside not in known or not any(turn.part == own.part and own.fits(beside) for own in found)
+            ):
+                raise turn.config.refusal(
+                    f"there is '{shown(name)}', and no rotation of a quantized linear's input is for it"
+                )
+        parent = module.rpartition(".")[0]
+        if last == "weight" and len(info.shape) == 2 and not known & {module, parent}:
+            for turn in found:
+                if turn.names(module):
+                    raise turn.config.refusal(
+                        f"'{shown(module)}' is named, and optc rotates inputs of quantized linears alone"
+                    )
 
 
 def rotation_of(found: Sequence[Turn], module: str, reader: TensorReader, columns: int) -> int:
