@@ -108,7 +108,9 @@ def tolerance_misses(drift: Drift, dtype: torch.dtype, passes: int = 1, rounding
     if drift.max_abs_diff <= limit:
         return []
     misses = [f"max abs difference {drift.max_abs_diff:.3g} > {limit:.3g} ({dtype})"]
-    own = rounding() if rounding is not None and is_narrow(dtype) else None
+    if rounding is None or not is_narrow(dtype) or not math.isfinite(drift.max_abs_diff):
+        return misses  # what is infinite, or of another shape, no rounding explains
+    own = rounding()
     if own is None:
         return misses
     times = ROUNDINGS * math.sqrt(passes)

@@ -141,6 +141,9 @@ def test_rounding_is_asked_where_it_can_say_something() -> None:
     assert not asked, "float32 rounds little, and a small difference needs no reason"
     expected = ["max abs difference 0.1 > 0.06 (torch.bfloat16)"]
     assert tolerance_misses(drift, torch.bfloat16) == expected
+    far = Drift(max_abs_diff=math.inf, scale=1.0, relative=math.inf)
+    overflow = tolerance_misses(far, torch.float16, rounding=lambda: far)
+    assert overflow == ["max abs difference inf > 0.01 (torch.float16)"], "no rounding explains it"
     assert tolerance_misses(drift, torch.bfloat16, rounding=rounding) == expected
     assert asked == [1]
 

@@ -148,6 +148,19 @@ def test_other_transforms_are_refused(
     assert reason in str(found.value)
 
 
+@pytest.mark.parametrize("config", [None, {}, {"config_groups": {"hadamard_32": {"type": "hadamard", "apply": None}}}])
+def test_a_matrix_without_its_config_is_refused(folder: Path, tmp_path: Path, config: Any) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(folder, out)
+    settings = json.loads((out / "config.json").read_text())
+    settings["quantization_config"]["transform_config"] = config
+    (out / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError) as found:
+        capture_pretrained(out)
+    assert f"tensor '{DOWN}.hadamard_32_input.weight' rotates the input of a quantized linear" in str(found.value)
+    assert "'transform_config' has no rotation of that name" in str(found.value)
+
+
 def test_another_matrix_in_the_file_is_refused(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(folder, out)

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 
 import torch
 
+from optc.compiler.diagnostics import InputError
 from optc.compiler.formats.layouts.compressed_tensors import TRANSFORM_PART
 from optc.compiler.formats.layouts.compressed_tensors.targets import CLASS, names
 from optc.compiler.formats.layouts.config import ConfigReader
-from optc.compiler.formats.layouts.tensors import FLOATS, TensorReader
+from optc.compiler.formats.layouts.tensors import FLOATS, TOGETHER, TensorReader
 from optc.compiler.formats.safetensors_header import shown
 from optc.compiler.ops.dialect.rotation import hadamard_signs
 
 _FOLDED = ("weight_input", "weight_output")
 _LARGEST = 1 << 10
+_INPUT_PART = TRANSFORM_PART.format("")
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,14 @@ def check_named(found: Sequence[Turn], reader: TensorReader, quantized: Sequence
                     f"there is '{shown(name)}', and no rotation of a quantized linear's input is for it"
                 )
         parent = module.rpartition(".")[0]
+        is_matrix = name.endswith(_INPUT_PART) and not name.endswith(tuple(f"_{where}.weight" for where in _FOLDED))
+        if is_matrix and parent in known and not any(name == f"{parent}.{turn.part}" for turn in found):
+            raise InputError(
+                f"tensor '{shown(name)}' rotates the input of a quantized linear, and the config does not say so",
+                where=str(reader.folder / reader.tensors[name].file),
+                why="'transform_config' has no rotation of that name",
+                remedy=TOGETHER,
+            )
         if last == "weight" and len(info.shape) == 2 and not known & {module, parent}:
             for turn in found:
                 if turn.names(module):
