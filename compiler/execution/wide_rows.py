@@ -98,6 +98,7 @@ class WideRows:
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """As real numbers, fp32 at least, with a last axis."""
+    """As real numbers, fp32 at least, with a last axis; integers in float64, which has them up to 2^53."""
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return torch.atleast_1d(real if real.dtype == torch.float64 else real.float())
+    narrow = real.is_floating_point() and real.dtype != torch.float64
+    return torch.atleast_1d(real.float() if narrow else real.double())

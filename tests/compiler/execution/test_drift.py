@@ -77,6 +77,12 @@ def test_a_run_of_other_numbers_has_seen_nothing() -> None:
     assert measure(changed, other) == measure(StageRun([torch.tensor([[3.0, 0.0]])], []), other) != before
 
 
+def test_integers_are_compared_as_they_are() -> None:
+    """float32 has whole numbers up to 2^24."""
+    ids, others = (StageRun([torch.tensor([2**40 + step, 7])], [], "output") for step in (0, 1))
+    assert measure(ids, others).max_abs_diff == 1
+
+
 def test_perplexity_change_on_text() -> None:
     sure, unsure = torch.tensor([[9.0, 0.0], [0.0, 0.0]]), torch.zeros(2, 2)
     drift = measure(StageRun([unsure], []), StageRun([sure], []), ((0, 0),))
