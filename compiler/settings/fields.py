@@ -127,7 +127,7 @@ class Field:
             if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
                 raise TypeError
             return Path(value)
-        if self.repeatable and not text and isinstance(value, str):
+        if self.repeatable and isinstance(value, str):
             value = (value,)
         if isinstance(value, str) and "\0" in value:
             raise ValueError

@@ -41,6 +41,13 @@ def test_later_settings_win_and_take_the_fields_type(tmp_path: Path) -> None:
     assert config.data.text == ("a.txt",)
 
 
+@pytest.mark.parametrize("text", [True, False], ids=["a flag's", "a value"])
+def test_one_text_is_a_list_of_one(text: bool) -> None:
+    """From Python as from a command line: `optc.train("lora", text="book.txt")`."""
+    given = Given(value="a.txt", where="the command line, --text", text=text)
+    assert load_config("lora", values={"data.text": given}).data.text == ("a.txt",)
+
+
 def test_a_config_survives_json() -> None:
     config = load_config("qat", settings=["data.text=[a.txt, b.txt]"])
     assert msgspec.json.decode(msgspec.json.encode(config), type=TrainConfig) == config
