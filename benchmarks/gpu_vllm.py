@@ -6,9 +6,9 @@
 Both are open at the same time and measured in turns, each through its own engine in its own process: `serve` is 256
 requests of 128 tokens in and 128 out, `lognormal` 500 whose lengths are lognormal (median 128, sigma 0.8, 8 to 1024), all
 there at the start, greedy, without an end; requests differ from round to round, and are the same for both. `decode` is
-one request: the time of 256 tokens more than 16, behind a prompt. vLLM captures its graphs and compiles, as it does by default; its 4-bit folder has
-random codes in the layout that `optc quantize` writes. SITE is a folder that holds vLLM. Figures of
-earlier runs that are not measured again stay in the record, each with its date and commit.
+one request: the time of 256 tokens more than 16, behind a prompt. vLLM captures its graphs and compiles, as it does by
+default; its 4-bit folder has random codes in the layout that `optc quantize` writes. SITE is a folder that holds vLLM.
+Figures of earlier runs that are not measured again stay in the record, each with its date and commit.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class CompressedTensors:
 
     def parts(self, module: str) -> tuple[str, ...]:
         """The tensors of one linear's weight."""
-        names = (
+        known = (
             "weight",
             "weight_packed",
             "weight_scale",
@@ -93,7 +93,7 @@ class CompressedTensors:
             *_FLOAT4_PARTS,
             *dict.fromkeys(turn.part for turn in self._turns),
         )
-        return tuple(f"{module}.{name}" for name in names if f"{module}.{name}" in self._reader)
+        return tuple(f"{module}.{part}" for part in known if f"{module}.{part}" in self._reader)
 
     def shape(self, module: str) -> tuple[int, int]:
         """[N, K] of one linear, from the headers where they tell it."""
